@@ -1,0 +1,31 @@
+"""Grouped and rolling diffusion decoding with a tunable group count."""
+
+from rolldiff.cost import Cost
+from rolldiff.decoder import Decoded, Decoder, Frame
+from rolldiff.grouping import Grouping
+from rolldiff.layout import Patches
+from rolldiff.nn import Transformer
+from rolldiff.noise import Cosine, Rectified
+from rolldiff.schedule import RollingSchedule
+from rolldiff.step import Ancestral, Euler, Heun, Multistep
+from rolldiff.training import Training
+
+__all__ = [
+    "Ancestral",
+    "Cosine",
+    "Cost",
+    "Decoded",
+    "Decoder",
+    "Euler",
+    "Frame",
+    "Grouping",
+    "Heun",
+    "Multistep",
+    "Patches",
+    "Rectified",
+    "RollingSchedule",
+    "Training",
+    "Transformer",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,186 @@
+"""The command line: `rolldiff train` and `rolldiff decode`, configured by Hydra.
+
+What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by itself
+(a loss that is not finite) in one line and status 1. Anything else is a defect and shows its traceback.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import rolldiff
+
+__all__ = ["config_dir", "main"]
+
+USAGE = """\
+usage: rolldiff COMMAND [key=value ...]
+
+  train    train a decoder; with no arguments, on handwritten digits
+  decode   draw images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
+
+rolldiff COMMAND --help shows what can be set, rolldiff COMMAND --cfg job the settings in force.
+"""
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: beside the package in a wheel, beside its parent in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"conf must stand beside {package} or inside it, and is missing")
+
+
+def _fail(words: object, status: int = 2) -> NoReturn:
+    line = " ".join(str(words).split())
+    print(f"rolldiff: {line}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _plain_warning(message: object, *_: object) -> None:
+    print(f"rolldiff: {message}", file=sys.stderr)
+
+
+def _train(cfg: DictConfig) -> None:
+    # Imported here: a wrong override is told before Lightning is loaded.
+    from rolldiff.run import train
+
+    for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    summary = train(cfg)
+    groups = sorted(summary.fd_pixels, key=summary.fd_pixels.__getitem__)
+    print(f"\n{summary.table()}\n")
+    print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen. Everything is in {folder}")
+    print("Next:")
+    print(
+        f"  rolldiff decode ckpt={folder} num_groups={groups[0]} overlap=0.5 steps=16 "
+        "num_images=64 out=images.png"
+    )
+
+
+def _decode(cfg: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from rolldiff.lit import load
+    from rolldiff.pictures import film, sheet
+
+    if cfg.ckpt is None:
+        raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
+    out = Path(cfg.out)
+    if out.suffix.lower() not in (".png", ".gif"):
+        raise ValueError(f"out must end in .png or .gif, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists, got {out}")
+    decoder = load(cfg.ckpt)
+    classes = decoder.condition.num_classes
+    cond = cfg.label
+    if OmegaConf.is_list(cond):
+        cond = list(cond)
+    elif cond is None and classes and isinstance(cfg.num_images, int):
+        cond = [i % classes for i in range(cfg.num_images)]
+    ask = {
+        "num_images": cfg.num_images,
+        "num_groups": cfg.num_groups,
+        "overlap": cfg.overlap,
+        "steps": cfg.steps,
+        "order": cfg.order if isinstance(cfg.order, str) else list(cfg.order),
+        "step": instantiate(cfg.step),
+        "guidance": cfg.guidance,
+        "seed": cfg.seed,
+    }
+    if out.suffix.lower() == ".gif":
+        frames = decoder.stream(cond, frames=cfg.frames, **ask)
+        film((sheet(frame.image) for frame in frames), out)
+        print(out)
+        return
+    decoded = decoder.decode(cond, **ask)
+    sheet(decoded.image).save(out)
+    cost = decoded.cost
+    print(
+        f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
+        f"{cost.tokens} token evaluations an image, {cost.seconds:.2f} s"
+    )
+
+
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {"train": _train, "decode": _decode}
+
+
+def _told(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """The task, with the errors meant for users told in one line."""
+
+    def run(cfg: DictConfig) -> None:
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN and "run_dir" in cfg:
+            cfg.run_dir = job.runtime.output_dir
+        try:
+            task(cfg)
+        except InstantiationException as error:
+            # What the object said for itself is clearer than Hydra's words around it.
+            _fail(error.__cause__ if isinstance(error.__cause__, ValueError) else error)
+        except (ValueError, OmegaConfBaseException) as error:
+            _fail(error)
+        except FloatingPointError as error:
+            _fail(error, status=1)
+
+    return run
+
+
+def _check(command: str, overrides: list[str]) -> list[str]:
+    """Compose once before Hydra does, so that a mistake is one line and leaves no folder behind.
+
+    Returns:
+        The overrides, with the run folder settled.
+    """
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose(command, overrides)
+    if "run_dir" not in cfg:
+        return overrides
+    folder = Path(cfg.run_dir)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"run_dir must be a new or an empty folder, got {folder}")
+    kept = [override for override in overrides if not override.startswith("run_dir=")]
+    return [*kept, f"run_dir='{folder}'"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: the arguments after `rolldiff`; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if argv[0] == "--version":
+        print(rolldiff.__version__)
+        return
+    command, *overrides = argv
+    if command not in COMMANDS:
+        _fail(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
+    flags = any(word.startswith("-") for word in overrides)
+    try:
+        if not flags:  # a sweep or a question about the settings is Hydra's alone
+            overrides = _check(command, overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _fail(error)
+    warnings.showwarning = _plain_warning
+    sys.argv = [f"rolldiff {command}", *overrides]
+    run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)
+    run(_told(COMMANDS[command]))()

@@ -1,0 +1,346 @@
+"""`Decoder`: images in, a loss out; noise in, images out, group by group.
+
+The front door. It joins a layout, a noise schedule, a backbone and what training draws, checks what
+users hand in, and leaves the work to the rooms below.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolldiff.conditioning import ClassLabels
+from rolldiff.cost import Cost, metered
+from rolldiff.decoding import Decoding
+from rolldiff.denoiser import Backbone, Denoiser, Guided
+from rolldiff.grouping import Grouping, Order, decode_order
+from rolldiff.hub import Pretrained
+from rolldiff.layout import Layout, Patches
+from rolldiff.nn import Transformer
+from rolldiff.noise import NoiseSchedule, Rectified
+from rolldiff.prediction import Prediction, coefficients, weight
+from rolldiff.schedule import RollingSchedule
+from rolldiff.step import Euler, Step
+from rolldiff.streams import Streams
+from rolldiff.training import Training
+
+__all__ = ["Decoded", "Decoder", "Frame"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished decode.
+
+    Attributes:
+        image: `[B, C, H, W]`, values about [-1, 1] (not clipped).
+        cost: what it took.
+        overlap: the overlap after rounding the stagger to whole steps.
+    """
+
+    image: Tensor
+    cost: Cost
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decode on its way.
+
+    Attributes:
+        image: `[B, C, H, W]`: finished tokens as they stay, the others as `E[x | x_t]`.
+        finished: `[H, W]`, True where pixels will not change any more.
+        tau: global time, from 1 to 0.
+        nfe: network calls so far, those for previews included.
+    """
+
+    image: Tensor
+    finished: Tensor
+    tau: float
+    nfe: int
+
+
+class Decoder(Pretrained):
+    """A grouped diffusion decoder.
+
+    Args:
+        layout: cuts images into tokens.
+        backbone: the raw network.
+        noise: the noise schedule.
+        prediction: what the backbone predicts.
+        loss_space: the space in which the squared error is taken.
+        condition: what the decoder is conditioned on.
+        training: what training draws; decoding outside of it warns.
+    """
+
+    # Below this distance from 0 and 1 the weight of the loss stays as it is: the ratio of two
+    # determinants has a pole at an end (JiT, Li and He 2025, clips at the same value).
+    EDGE = 0.05
+
+    def __init__(
+        self,
+        layout: Layout,
+        backbone: Backbone,
+        *,
+        noise: NoiseSchedule = Rectified(),
+        prediction: Prediction = "x",
+        loss_space: Prediction = "velocity",
+        condition: ClassLabels = ClassLabels(0),
+        training: Training = Training(),
+    ) -> None:
+        super().__init__()
+        # Refuse what could only fail later.
+        coefficients(prediction, noise, torch.ones(1))
+        coefficients(loss_space, noise, torch.ones(1))
+        for num_groups in training.num_groups:
+            Grouping(layout.num_tokens, num_groups)
+        for order in training.orders:
+            decode_order(order, layout.coords)
+        self.config = {
+            "layout": layout,
+            "backbone": backbone,
+            "noise": noise,
+            "prediction": prediction,
+            "loss_space": loss_space,
+            "condition": condition,
+            "training": training,
+        }
+        self.layout = layout
+        self.backbone = backbone
+        self.noise = noise
+        self.prediction: Prediction = prediction
+        self.loss_space: Prediction = loss_space
+        self.condition = condition
+        self.trained_for = training
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        image_size: int | tuple[int, int],
+        channels: int = 3,
+        patch: int = 2,
+        width: int = 96,
+        depth: int = 4,
+        heads: int | None = None,
+        num_classes: int = 0,
+        causal: bool = True,
+        training: Training = Training(),
+    ) -> "Decoder":
+        """A decoder with patches, a transformer and straight paths, the usual choices.
+
+        `heads` are of 32 channels where none are given.
+        """
+        layout = Patches(image_size, channels=channels, patch=patch)
+        backbone = Transformer(
+            layout,
+            width=width,
+            depth=depth,
+            heads=heads or max(1, width // 32),
+            num_classes=num_classes,
+            causal=causal,
+        )
+        return cls(layout, backbone, condition=ClassLabels(num_classes), training=training)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def loss(
+        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The mean squared error in the loss space, over the tokens that move.
+
+        Each example draws a group count, an order and local times; a token that is clean (t = 0) or
+        waits (t = 1) is context and carries no loss.
+
+        Args:
+            image: `[B, C, H, W]`, floating point, in [-1, 1].
+            cond: class labels, `[B]`, or None.
+            generator: for all that is drawn, on the CPU.
+
+        Returns:
+            A scalar to call `backward` on.
+
+        Raises:
+            ValueError: if an argument has the wrong shape, type or range.
+        """
+        x = self.layout.tokens(self._checked(image))
+        batch = len(x)
+        label = self.condition.check(cond, batch, x.device)
+        label = self.condition.drop(label, self.trained_for.drop_cond, generator)
+        drawn = self.trained_for.draw(batch, self.layout.coords, generator)
+        order, group, t = (part.to(x.device) for part in drawn)
+        x = x.gather(1, order[..., None].expand_as(x))
+        eps = torch.randn(x.shape, generator=generator).to(x)
+        x_t = self.noise.perturb(x, eps, t)
+        a, b = (c[..., None] for c in coefficients(self.prediction, self.noise, t))
+        y = self.backbone(x_t, t, self.backbone.prepare(order, group, label))
+        error = (y.float() - (a * x + b * eps)).square().mean(-1)
+        edge = t.clamp(self.EDGE, 1 - self.EDGE)
+        scale = weight(self.prediction, self.loss_space, self.noise, edge)
+        moves = (t > 0) & (t < 1)
+        return (scale * error).where(moves, 0.0).sum() / moves.sum().clamp(min=1)
+
+    def decode(
+        self,
+        cond: Any = None,
+        *,
+        num_images: int | None = None,
+        num_groups: int = 1,
+        overlap: float = 0.0,
+        steps: int = 16,
+        order: Order = "top_to_bottom",
+        step: Step = Euler(),
+        guidance: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        first: int = 0,
+        cache: bool = True,
+    ) -> Decoded:
+        """Decode images from noise.
+
+        Args:
+            cond: class labels, `[B]`, one number for all, or None.
+            num_images: how many images; by default as many as `cond` has.
+            num_groups: groups, from 1 to the number of tokens.
+            overlap: in [0, 1], see `RollingSchedule`.
+            steps: solver steps a group.
+            order: the decode order, see `decode_order`.
+            step: the solver step.
+            guidance: 0 for none; otherwise `y + guidance (y - y_null)`.
+            seed: a seed or a generator; image i has the same noise alone and in any batch.
+            first: the index of the first image in the seed's stream.
+            cache: whether a causal backbone keeps what is finished.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        with torch.no_grad(), metered(self.backbone) as meter:
+            run = self._begin(
+                cond, num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
+            )
+            for state in run.states(self._dtype):
+                pass
+            image = run.image(state.x_t)
+            cost = meter.cost(cached=run.context.cached is not None)
+        return Decoded(image, cost, run.schedule.rounded(steps))
+
+    def stream(
+        self,
+        cond: Any = None,
+        *,
+        num_images: int | None = None,
+        num_groups: int = 1,
+        overlap: float = 0.0,
+        steps: int = 16,
+        order: Order = "top_to_bottom",
+        step: Step = Euler(),
+        guidance: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        first: int = 0,
+        cache: bool = True,
+        frames: int | None = None,
+        preview: bool = True,
+    ) -> Iterator[Frame]:
+        """Decode images from noise, a frame after every step.
+
+        Takes what `decode` takes; the last frame's image is what `decode` returns. The preview of
+        the tokens that wait takes one more network call for each frame shown.
+
+        Args:
+            frames: evenly spaced frames to show instead of all, the last one among them.
+            preview: whether waiting tokens are shown as `E[x | x_t]`; otherwise they are 0, grey.
+
+        Yields:
+            `Frame`s.
+        """
+        run = self._begin(
+            cond, num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
+        )
+        rows = run.schedule.num_steps(steps)
+        if frames is None:
+            frames = rows
+        if not isinstance(frames, int) or not 1 <= frames <= rows:
+            raise ValueError(f"frames must be in 1 … {rows} (the steps of this decode), got {frames!r}")
+        shown = {-(-i * rows // frames) for i in range(1, frames + 1)}
+        return self._frames(run, shown, preview)
+
+    @torch.no_grad()
+    def _frames(self, run: Decoding, shown: set[int], preview: bool) -> Iterator[Frame]:
+        rows = max(shown)
+        with metered(self.backbone) as meter:
+            for state in run.states(self._dtype):
+                if state.row in shown:
+                    image = run.preview(state, waiting=preview)
+                    tau = 1 - state.row / rows
+                    yield Frame(image, run.finished(state), tau, meter.nfe)
+
+    @torch.no_grad()
+    def _begin(
+        self,
+        cond: Any,
+        num_images: int | None,
+        num_groups: int,
+        overlap: float,
+        steps: int,
+        order: Order,
+        step: Step,
+        guidance: float,
+        seed: int | torch.Generator | None,
+        first: int,
+        cache: bool,
+    ) -> Decoding:
+        """Check the settings of a decode and prepare it."""
+        grouping = Grouping(self.layout.num_tokens, num_groups)
+        schedule = RollingSchedule(num_groups, overlap)
+        schedule.stagger(steps)
+        for words in self.trained_for.beyond(num_groups, overlap, order):
+            warnings.warn(f"decoding beyond what this checkpoint was trained for: {words}", stacklevel=4)
+        if num_images is None:
+            num_images = 1 if cond is None or torch.as_tensor(cond).ndim == 0 else len(cond)
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
+        if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+        label = self.condition.check(cond, num_images, self.device)
+        denoiser = Denoiser(self.backbone, self.noise, self.prediction)
+        if guidance != 0:
+            if cond is None:
+                raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
+            label = torch.cat([label, self.condition.null(num_images, self.device)])
+            denoiser = Guided(self.backbone, self.noise, self.prediction, guidance)
+        permutation = decode_order(order, self.layout.coords).to(self.device)
+        context = self.backbone.prepare(
+            permutation,
+            grouping.group.to(self.device),
+            label,
+            batch=len(label) if cache else None,
+            dtype=self._dtype,
+        )
+        streams = Streams(seed, num_images, first=first)
+        return Decoding(
+            denoiser, self.layout, context, permutation, schedule, steps, step, streams
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the solver's state: never below float32."""
+        weights = next(self.parameters()).dtype
+        return weights if weights == torch.float64 else torch.float32
+
+    def _checked(self, image: Tensor) -> Tensor:
+        shape = self.layout.image_shape
+        if image.ndim != 4 or image.shape[1:] != shape or not len(image):
+            raise ValueError(
+                f"image must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
+            )
+        if not image.is_floating_point():
+            raise ValueError(f"image must be floating point in [-1, 1], got {image.dtype}")
+        least, most = (float(end) for end in image.aminmax())
+        if not -1.001 <= least <= most <= 1.001:
+            raise ValueError(f"image must be in [-1, 1], got {least:.4g} … {most:.4g}")
+        return image

@@ -1,0 +1,120 @@
+"""The layout: an orthonormal change between an image and its tokens.
+
+A layout keeps lengths, so white noise in pixels is white noise in tokens and a likelihood means the
+same in both. Tokens come in **raster order** here; `grouping.py` says in which order they are decoded.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Layout", "Patches"]
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """What every layout offers. All sizes are in pixels or tokens."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images it cuts."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """`N`, the number of tokens of an image."""
+        ...
+
+    @property
+    def token_dim(self) -> int:
+        """`D`, the number of channels of a token."""
+        ...
+
+    @property
+    def coords(self) -> Float[Tensor, "N 3"]:
+        """Level, row and column of each token; rows and columns in token units, from 0."""
+        ...
+
+    def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """Cut images into tokens."""
+        ...
+
+    def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        """Put tokens back together; the exact inverse of `tokens`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Square patches in raster order: token `i` holds the pixels of one patch.
+
+    `N = (H / patch) (W / patch)` and `D = C patch^2`. With `patch=1` a token is a pixel.
+
+    Args:
+        image_size: height and width in pixels, or one number for a square image.
+        channels: channels of the image.
+        patch: side of a patch in pixels; it divides the height and the width.
+
+    Raises:
+        ValueError: if a size is below 1 or `patch` does not divide the image.
+    """
+
+    image_size: int | tuple[int, int]
+    channels: int = 3
+    patch: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        else:
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(
+                f"image_size must be one or two sizes of 1 or more, got {self.image_size}"
+            )
+        if self.channels < 1:
+            raise ValueError(f"channels must be 1 or more, got {self.channels}")
+        if self.patch < 1 or any(side % self.patch for side in self.image_size):
+            raise ValueError(
+                f"patch must divide image_size, got patch {self.patch} and image_size "
+                f"{self.image_size}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        height, width = self.image_size
+        return height // self.patch, width // self.patch
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.image_size
+
+    @property
+    def num_tokens(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def token_dim(self) -> int:
+        return self.channels * self.patch**2
+
+    @property
+    def coords(self) -> Float[Tensor, "N 3"]:
+        rows, columns = self.grid
+        grids = torch.meshgrid(
+            torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)), indexing="ij"
+        )
+        return torch.stack([g.flatten() for g in grids], dim=-1)
+
+    def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        p = self.patch
+        return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+    def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        p, (h, w) = self.patch, self.grid
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)

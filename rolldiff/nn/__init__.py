@@ -1,0 +1,5 @@
+"""Backbones."""
+
+from rolldiff.nn.transformer import Transformer
+
+__all__ = ["Transformer"]

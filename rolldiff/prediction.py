@@ -1,0 +1,85 @@
+"""One solve for every prediction.
+
+What a network predicts is a fixed combination of data and noise, `y = a x + b eps`. Together with
+`x_t = alpha x + sigma eps` that is a 2 x 2 linear system with determinant `det = alpha b - sigma a`:
+
+    x = (b x_t - sigma y) / det,        eps = (alpha y - a x_t) / det.
+
+    x: (1, 0)     eps: (0, 1)     v: (-sigma, alpha)     velocity: (alpha', sigma')
+
+An error `dy` of the prediction keeps `alpha dx + sigma deps = 0`, so in the space of any other
+prediction `z` it is `(det_z / det_y) dy`: the space of the loss is a weight and nothing more.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rolldiff.noise import NoiseSchedule
+
+__all__ = ["Estimate", "Prediction", "coefficients", "solve", "weight"]
+
+Prediction = Literal["x", "eps", "v", "velocity"]
+
+
+class Estimate(NamedTuple):
+    """The posterior means `E[x | x_t]` and `E[eps | x_t]` of the tokens."""
+
+    x: Tensor
+    eps: Tensor
+
+
+def coefficients(
+    prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]
+) -> tuple[Float[Tensor, "*T"], Float[Tensor, "*T"]]:
+    """`(a, b)` of the prediction `y = a x + b eps` at the times `t`."""
+    match prediction:
+        case "x":
+            return t.new_ones(t.shape), t.new_zeros(t.shape)
+        case "eps":
+            return t.new_zeros(t.shape), t.new_ones(t.shape)
+        case "v":
+            return -noise.sigma(t), noise.alpha(t)
+        case "velocity":
+            return noise.rates(t)
+    raise ValueError(
+        f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}"
+    )
+
+
+def _determinant(prediction: Prediction, noise: NoiseSchedule, t: Tensor) -> Tensor:
+    a, b = coefficients(prediction, noise, t)
+    return noise.alpha(t) * b - noise.sigma(t) * a
+
+
+def solve(
+    y: Float[Tensor, "B N D"],
+    x_t: Float[Tensor, "B N D"],
+    t: Float[Tensor, "*T N"],
+    *,
+    prediction: Prediction,
+    noise: NoiseSchedule,
+) -> Estimate:
+    """The estimate of data and noise behind a network's output.
+
+    At t = 0 the system says nothing about the noise: what comes out is not finite and the caller
+    masks it. At t = 1 a prediction of the noise says nothing about the data: the estimate is 0, the
+    middle of its range.
+    """
+    t = t[..., None]
+    alpha, sigma = noise.alpha(t), noise.sigma(t)
+    if prediction == "x":
+        return Estimate(y, (x_t - alpha * y) / sigma)
+    if prediction == "eps":
+        return Estimate(((x_t - sigma * y) / alpha).where(alpha > 0, 0.0), y)
+    a, b = coefficients(prediction, noise, t)
+    det = alpha * b - sigma * a
+    return Estimate((b * x_t - sigma * y) / det, (alpha * y - a * x_t) / det)
+
+
+def weight(
+    prediction: Prediction, loss: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]
+) -> Float[Tensor, "*T"]:
+    """`(det_loss / det_prediction)^2`: what a squared error of the prediction weighs in the loss."""
+    return (_determinant(loss, noise, t) / _determinant(prediction, noise, t)) ** 2

@@ -1,0 +1,81 @@
+"""A training run: from a configuration to a folder of weights, pictures and numbers."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+
+from rolldiff.lit import LitDecoder
+from rolldiff.report import Summary, device_name, distances, floor, pictures
+
+__all__ = ["train"]
+
+
+def _make(cfg: DictConfig, **others: Any) -> Any:
+    # Plain lists and dictionaries: left to itself Hydra would turn our dataclasses into its own.
+    return instantiate(cfg, _convert_="all", **others)
+
+
+class _Clock(Callback):
+    """Knows when the first training step began."""
+
+    started: float | None = None
+
+    def on_train_batch_start(self, *_: object) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+
+def train(cfg: DictConfig) -> Summary:
+    """Train a decoder as configured, and leave everything in `cfg.run_dir`.
+
+    Writes `last.ckpt`, `model.safetensors` and `config.json`, `samples.png`, `stream.gif`, and
+    `summary.json`, which comes last: a folder with a summary is a finished run.
+
+    Raises:
+        ValueError: if the configuration does not fit together.
+        FloatingPointError: if the loss stops being finite.
+    """
+    folder = Path(cfg.run_dir)
+    L.seed_everything(cfg.seed, verbose=False)
+    data = _make(cfg.data)
+    lit: LitDecoder = _make(cfg.lit)
+    clock = _Clock()
+    try:
+        trainer: L.Trainer = _make(
+            cfg.trainer,
+            callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values())],
+            logger=_make(cfg.logger) if cfg.logger else False,
+        )
+        trainer.fit(lit, datamodule=data)
+    except MisconfigurationException as error:  # an accelerator that is not there, for one
+        raise ValueError(str(error)) from error
+    trainer.save_checkpoint(folder / "last.ckpt")
+
+    decoder = lit.decoder.to(trainer.strategy.root_device).eval()
+    decoder.save_pretrained(folder)
+    label = data.label if decoder.condition.num_classes else None
+    ask = {"label": label, "num_groups": list(cfg.report.num_groups), "steps": cfg.report.steps}
+    pictures(decoder, data.image, folder, seed=cfg.seed, **ask)
+    fd_pixels = distances(decoder, data.image, seed=cfg.seed, **ask)
+    summary = Summary(
+        seconds=time.perf_counter() - (clock.started or time.perf_counter()),
+        images_seen=trainer.global_step * data.batch_size * trainer.world_size,
+        steps=trainer.global_step,
+        parameters=sum(p.numel() for p in decoder.parameters()),
+        fd_pixels=fd_pixels,
+        fd_pixels_floor=floor(data.image),
+        samples=len(data.image),
+        steps_per_group=cfg.report.steps,
+        device=device_name(decoder.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
+    summary.write(folder / "summary.json")
+    return summary

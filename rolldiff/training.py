@@ -1,0 +1,84 @@
+"""What training draws, and so what a checkpoint was trained for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rolldiff.grouping import Grouping, Order, decode_order
+from rolldiff.times import CleanContext, Independent, Mixture, OnSchedule, Shared, Times
+
+__all__ = ["Drawn", "Training"]
+
+MIXTURE = Mixture((Independent(), CleanContext(), Shared(), OnSchedule()), (0.3, 0.4, 0.2, 0.1))
+
+
+class Drawn(NamedTuple):
+    """Decode order, groups and local times of a batch, the last two in decode order."""
+
+    order: Int[Tensor, "B N"]
+    group: Int[Tensor, "B N"]
+    t: Float[Tensor, "B N"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings that one set of weights is trained for. Each example draws its own.
+
+    Args:
+        num_groups: the group counts to draw from, evenly.
+        orders: the decode orders to draw from, evenly.
+        times: the law of the local times.
+        drop_cond: how often the condition is dropped, for guidance; in [0, 1].
+
+    Raises:
+        ValueError: if a set is empty or a number is out of range.
+    """
+
+    num_groups: tuple[int, ...] = (1,)
+    orders: tuple[Order, ...] = ("top_to_bottom",)
+    times: Times = MIXTURE
+    drop_cond: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_groups", tuple(self.num_groups))
+        orders = (o if isinstance(o, str) else tuple(o) for o in self.orders)
+        object.__setattr__(self, "orders", tuple(orders))
+        if not self.num_groups or min(self.num_groups) < 1:
+            raise ValueError(f"num_groups must hold numbers of 1 or more, got {self.num_groups}")
+        if not self.orders:
+            raise ValueError("orders must hold an order at least, got none")
+        if not 0 <= self.drop_cond <= 1:
+            raise ValueError(f"drop_cond must be in [0, 1], got {self.drop_cond}")
+
+    def draw(
+        self, batch: int, coords: Float[Tensor, "N 3"], generator: torch.Generator | None = None
+    ) -> Drawn:
+        """Draw the settings of `batch` examples, on the CPU."""
+        orders = torch.stack([decode_order(order, coords) for order in self.orders])
+        groups = torch.stack([Grouping(len(coords), g).group for g in self.num_groups])
+        which = torch.randint(len(groups), (batch,), generator=generator)
+        order = orders[torch.randint(len(orders), (batch,), generator=generator)]
+        num_groups = torch.tensor(self.num_groups)[which]
+        t = self.times(num_groups, max(self.num_groups), generator)
+        return Drawn(order, groups[which], t.gather(1, groups[which]))
+
+    def beyond(self, num_groups: int, overlap: float, order: Order) -> list[str]:
+        """The settings of a decode that training never showed, in words."""
+        words = []
+        if num_groups not in self.num_groups:
+            words.append(f"num_groups {num_groups} (trained: {_list(self.num_groups)})")
+        order = order if isinstance(order, str) else tuple(order)
+        if num_groups > 1 and order not in self.orders:
+            words.append(f"order {order} (trained: {_list(self.orders)})")
+        least, most = self.times.overlaps
+        if num_groups > 1 and not least <= overlap <= most:
+            words.append(f"overlap {overlap:g} (trained: {least:g} to {most:g})")
+        return words
+
+
+def _list(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))

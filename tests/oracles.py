@@ -1,0 +1,109 @@
+"""Exact denoisers, and what samplers make of them: the ground truth of every schedule and order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolldiff.noise import NoiseSchedule
+from rolldiff.prediction import Estimate
+from rolldiff.sampler import sample
+from rolldiff.schedule import RollingSchedule
+from rolldiff.step import Step
+
+
+def natural_covariance(side: int, power: float = 2.0) -> Tensor:
+    """Covariance of `side x side` pixels with a natural-image spectrum, unit mean variance."""
+    frequency = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    radius = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt()
+    spectrum = (1 + radius) ** -power
+    kernel = torch.fft.ifft2(spectrum).real
+    kernel = kernel / kernel[0, 0]
+    index = torch.arange(side)
+    rows = (index[:, None] - index[None]) % side
+    covariance = kernel[rows[:, None, :, None], rows[None, :, None, :]]
+    return covariance.reshape(side**2, side**2)
+
+
+@dataclass
+class Gaussian:
+    """`E[x | x_t]` for `x ~ N(0, covariance)`, tokens of one channel, each at its own time."""
+
+    covariance: Tensor
+    noise: NoiseSchedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
+        lo, hi = span
+        alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
+        mixed = alpha[:, None] * self.covariance * alpha + torch.diag(sigma**2)
+        solved = torch.linalg.solve(mixed, x_t[..., 0].T).T
+        x = (solved * alpha) @ self.covariance
+        return Estimate(x[:, lo:hi, None], (sigma * solved)[:, lo:hi, None])
+
+
+@dataclass
+class FiniteData:
+    """`E[x | x_t]` when the data are `points [K, N, D]`, all alike probable."""
+
+    points: Tensor
+    noise: NoiseSchedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
+        lo, hi = span
+        alpha, sigma = self.noise.alpha(t)[:, None], self.noise.sigma(t)[:, None]
+        seen = sigma[:, 0] < 1
+        far = (x_t[:, None] - alpha * self.points)[:, :, seen] / sigma[seen].clamp(min=1e-4)
+        share = (-far.square().sum((-1, -2)) / 2).softmax(-1)
+        x = torch.einsum("bk,knd->bnd", share, self.points)
+        eps = (x_t - alpha * x) / sigma
+        return Estimate(x[:, lo:hi], eps[:, lo:hi])
+
+
+def decoded_covariance(
+    covariance: Tensor,
+    noise: NoiseSchedule,
+    step: Step,
+    schedule: RollingSchedule,
+    steps: int,
+) -> Tensor:
+    """The covariance of what the sampler makes, in closed form: it is linear in all its noise."""
+    size = len(covariance)
+    fresh = size * schedule.num_steps(steps)
+    x_1 = torch.zeros(size + fresh, size, 1, dtype=torch.float64)
+    x_1[:size, :, 0] = torch.eye(size)
+    used = size
+
+    def draw(n: int) -> Tensor:
+        nonlocal used
+        z = torch.zeros(len(x_1), n, 1, dtype=torch.float64)
+        z[used : used + n, :, 0] = torch.eye(n)
+        used += n
+        return z
+
+    state = run(Gaussian(covariance, noise), x_1, noise, step, schedule, steps, draw)
+    return state.x_t[..., 0].T @ state.x_t[..., 0]
+
+
+def run(
+    denoise: Callable[[Tensor, Tensor, tuple[int, int]], Estimate],
+    x_1: Tensor,
+    noise: NoiseSchedule,
+    step: Step,
+    schedule: RollingSchedule,
+    steps: int,
+    draw: Callable[[int], Tensor] | None = None,
+):
+    """The last state of a sampler."""
+    state = None
+    for state in sample(
+        denoise,
+        x_1,
+        noise=noise,
+        step=step,
+        schedule=schedule,
+        steps=steps,
+        draw=draw or (lambda n: torch.randn(len(x_1), n, x_1.shape[2], dtype=x_1.dtype)),
+    ):
+        pass
+    return state
