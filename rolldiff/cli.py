@@ -1,13 +1,15 @@
 """The command line: `rolldiff train` and `rolldiff decode`, configured by Hydra.
 
-What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by itself
-(a loss that is not finite) in one line and status 1. Anything else is a defect and shows its traceback.
+What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by
+itself (a loss that is not finite) in one line and status 1. Anything else is a defect and shows
+its traceback.
 """
 
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,10 +58,6 @@ def _train(cfg: DictConfig) -> None:
     # Imported here: a wrong override is told before Lightning is loaded.
     from rolldiff.run import train
 
-    for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
@@ -121,22 +119,29 @@ def _decode(cfg: DictConfig) -> None:
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {"train": _train, "decode": _decode}
 
 
-def _told(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The task, with the errors meant for users told in one line."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tells the errors that are meant for users in one line."""
+    try:
+        yield
+    except InstantiationException as error:
+        # What the object said for itself is clearer than Hydra's words around it.
+        _fail(error.__cause__ if isinstance(error.__cause__, ValueError) else error)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _fail(error)
+    except FloatingPointError as error:
+        _fail(error, status=1)
+
+
+def _job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """The task as Hydra calls it; in a sweep, each job in a folder of its own."""
 
     def run(cfg: DictConfig) -> None:
         job = HydraConfig.get()
         if job.mode == RunMode.MULTIRUN and "run_dir" in cfg:
             cfg.run_dir = job.runtime.output_dir
-        try:
+        with _told():
             task(cfg)
-        except InstantiationException as error:
-            # What the object said for itself is clearer than Hydra's words around it.
-            _fail(error.__cause__ if isinstance(error.__cause__, ValueError) else error)
-        except (ValueError, OmegaConfBaseException) as error:
-            _fail(error)
-        except FloatingPointError as error:
-            _fail(error, status=1)
 
     return run
 
@@ -154,6 +159,9 @@ def _check(command: str, overrides: list[str]) -> list[str]:
     folder = Path(cfg.run_dir)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"run_dir must be a new or an empty folder, got {folder}")
+    from rolldiff.run import build
+
+    build(cfg)
     kept = [override for override in overrides if not override.startswith("run_dir=")]
     return [*kept, f"run_dir='{folder}'"]
 
@@ -174,13 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     command, *overrides = argv
     if command not in COMMANDS:
         _fail(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
-    flags = any(word.startswith("-") for word in overrides)
-    try:
-        if not flags:  # a sweep or a question about the settings is Hydra's alone
-            overrides = _check(command, overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _fail(error)
     warnings.showwarning = _plain_warning
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there
+        logging.getLogger(name).setLevel(logging.WARNING)
+    flags = any(word.startswith("-") for word in overrides)
+    if not flags:  # a sweep or a question about the settings is Hydra's alone
+        with _told():
+            overrides = _check(command, overrides)
     sys.argv = [f"rolldiff {command}", *overrides]
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)
-    run(_told(COMMANDS[command]))()
+    run(_job(COMMANDS[command]))()

@@ -14,8 +14,8 @@ __all__ = ["build", "describe"]
 def describe(part: Any) -> Any:
     """A part as plain containers; the inverse of `build`.
 
-    A dataclass is described by its fields, another object by the dictionary `config` that it keeps of
-    its own arguments.
+    A dataclass is described by its fields, another object by the dictionary `config` that it keeps
+    of its own arguments.
 
     Raises:
         ValueError: if the part is neither, or its class is not of this library.
@@ -37,13 +37,13 @@ def describe(part: Any) -> Any:
 
 
 def build(config: Any) -> Any:
-    """The part that a description stands for.
+    """The part that a description stands for; lists become tuples.
 
     Raises:
         ValueError: if it names anything outside of this library, or does not fit what it names.
     """
     if isinstance(config, list):
-        return [build(item) for item in config]
+        return tuple(build(item) for item in config)
     if not isinstance(config, dict):
         return config
     arguments = {name: build(value) for name, value in config.items() if name != "_target_"}

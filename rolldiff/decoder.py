@@ -4,63 +4,27 @@ The front door. It joins a layout, a noise schedule, a backbone and what trainin
 users hand in, and leaves the work to the rooms below.
 """
 
-import math
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rolldiff.conditioning import ClassLabels
-from rolldiff.cost import Cost, metered
-from rolldiff.decoding import Decoding
-from rolldiff.denoiser import Backbone, Denoiser, Guided
+from rolldiff.cost import metered
+from rolldiff.decoding import Decoded, Decoding, Frame, begin
+from rolldiff.denoiser import Backbone
 from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.hub import Pretrained
-from rolldiff.layout import Layout, Patches
+from rolldiff.layout import Layout, Patches, check_image
 from rolldiff.nn import Transformer
 from rolldiff.noise import NoiseSchedule, Rectified
 from rolldiff.prediction import Prediction, coefficients, weight
-from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Euler, Step
-from rolldiff.streams import Streams
 from rolldiff.training import Training
 
 __all__ = ["Decoded", "Decoder", "Frame"]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A finished decode.
-
-    Attributes:
-        image: `[B, C, H, W]`, values about [-1, 1] (not clipped).
-        cost: what it took.
-        overlap: the overlap after rounding the stagger to whole steps.
-    """
-
-    image: Tensor
-    cost: Cost
-    overlap: float
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A decode on its way.
-
-    Attributes:
-        image: `[B, C, H, W]`: finished tokens as they stay, the others as `E[x | x_t]`.
-        finished: `[H, W]`, True where pixels will not change any more.
-        tau: global time, from 1 to 0.
-        nfe: network calls so far, those for previews included.
-    """
-
-    image: Tensor
-    finished: Tensor
-    tau: float
-    nfe: int
 
 
 class Decoder(Pretrained):
@@ -120,7 +84,7 @@ class Decoder(Pretrained):
     def build(
         cls,
         *,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
         channels: int = 3,
         patch: int = 2,
         width: int = 96,
@@ -169,7 +133,7 @@ class Decoder(Pretrained):
         Raises:
             ValueError: if an argument has the wrong shape, type or range.
         """
-        x = self.layout.tokens(self._checked(image))
+        x = self.layout.tokens(check_image(image, self.layout))
         batch = len(x)
         label = self.condition.check(cond, batch, x.device)
         label = self.condition.drop(label, self.trained_for.drop_cond, generator)
@@ -220,11 +184,21 @@ class Decoder(Pretrained):
             ValueError: if an argument is out of range.
         """
         with torch.no_grad(), metered(self.backbone) as meter:
-            run = self._begin(
-                cond, num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
+            run = begin(
+                self,
+                cond,
+                num_images,
+                num_groups,
+                overlap,
+                steps,
+                order,
+                step,
+                guidance,
+                seed,
+                first,
+                cache,
             )
-            for state in run.states(self._dtype):
-                pass
+            state = deque(run.states(), maxlen=1).pop()
             image = run.image(state.x_t)
             cost = meter.cost(cached=run.context.cached is not None)
         return Decoded(image, cost, run.schedule.rounded(steps))
@@ -258,14 +232,27 @@ class Decoder(Pretrained):
         Yields:
             `Frame`s.
         """
-        run = self._begin(
-            cond, num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
+        run = begin(
+            self,
+            cond,
+            num_images,
+            num_groups,
+            overlap,
+            steps,
+            order,
+            step,
+            guidance,
+            seed,
+            first,
+            cache,
         )
         rows = run.schedule.num_steps(steps)
         if frames is None:
             frames = rows
         if not isinstance(frames, int) or not 1 <= frames <= rows:
-            raise ValueError(f"frames must be in 1 … {rows} (the steps of this decode), got {frames!r}")
+            raise ValueError(
+                f"frames must be in 1 … {rows} (the steps of this decode), got {frames!r}"
+            )
         shown = {-(-i * rows // frames) for i in range(1, frames + 1)}
         return self._frames(run, shown, preview)
 
@@ -273,74 +260,14 @@ class Decoder(Pretrained):
     def _frames(self, run: Decoding, shown: set[int], preview: bool) -> Iterator[Frame]:
         rows = max(shown)
         with metered(self.backbone) as meter:
-            for state in run.states(self._dtype):
+            for state in run.states():
                 if state.row in shown:
                     image = run.preview(state, waiting=preview)
                     tau = 1 - state.row / rows
                     yield Frame(image, run.finished(state), tau, meter.nfe)
 
-    @torch.no_grad()
-    def _begin(
-        self,
-        cond: Any,
-        num_images: int | None,
-        num_groups: int,
-        overlap: float,
-        steps: int,
-        order: Order,
-        step: Step,
-        guidance: float,
-        seed: int | torch.Generator | None,
-        first: int,
-        cache: bool,
-    ) -> Decoding:
-        """Check the settings of a decode and prepare it."""
-        grouping = Grouping(self.layout.num_tokens, num_groups)
-        schedule = RollingSchedule(num_groups, overlap)
-        schedule.stagger(steps)
-        for words in self.trained_for.beyond(num_groups, overlap, order):
-            warnings.warn(f"decoding beyond what this checkpoint was trained for: {words}", stacklevel=4)
-        if num_images is None:
-            num_images = 1 if cond is None or torch.as_tensor(cond).ndim == 0 else len(cond)
-        if not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
-        if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-        label = self.condition.check(cond, num_images, self.device)
-        denoiser = Denoiser(self.backbone, self.noise, self.prediction)
-        if guidance != 0:
-            if cond is None:
-                raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
-            label = torch.cat([label, self.condition.null(num_images, self.device)])
-            denoiser = Guided(self.backbone, self.noise, self.prediction, guidance)
-        permutation = decode_order(order, self.layout.coords).to(self.device)
-        context = self.backbone.prepare(
-            permutation,
-            grouping.group.to(self.device),
-            label,
-            batch=len(label) if cache else None,
-            dtype=self._dtype,
-        )
-        streams = Streams(seed, num_images, first=first)
-        return Decoding(
-            denoiser, self.layout, context, permutation, schedule, steps, step, streams
-        )
-
     @property
-    def _dtype(self) -> torch.dtype:
+    def state_dtype(self) -> torch.dtype:
         """Of the solver's state: never below float32."""
         weights = next(self.parameters()).dtype
         return weights if weights == torch.float64 else torch.float32
-
-    def _checked(self, image: Tensor) -> Tensor:
-        shape = self.layout.image_shape
-        if image.ndim != 4 or image.shape[1:] != shape or not len(image):
-            raise ValueError(
-                f"image must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
-            )
-        if not image.is_floating_point():
-            raise ValueError(f"image must be floating point in [-1, 1], got {image.dtype}")
-        least, most = (float(end) for end in image.aminmax())
-        if not -1.001 <= least <= most <= 1.001:
-            raise ValueError(f"image must be in [-1, 1], got {least:.4g} … {most:.4g}")
-        return image

@@ -4,23 +4,81 @@ Holds what stays the same from the first row to the last. Tokens are kept in dec
 float32 (float64 if the weights are), whatever the network runs in.
 """
 
+import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rolldiff.denoiser import Context, Denoiser
+from rolldiff.conditioning import ClassLabels
+from rolldiff.cost import Cost
+from rolldiff.denoiser import Backbone, Context, Denoiser, Guided
+from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.layout import Layout
-from rolldiff.prediction import Estimate
+from rolldiff.noise import NoiseSchedule
+from rolldiff.prediction import Estimate, Prediction
 from rolldiff.sampler import State, sample
 from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Step
 from rolldiff.streams import Streams
+from rolldiff.training import Training
 
-__all__ = ["Decoding"]
+__all__ = ["Decoded", "Decoding", "Frame", "Model", "begin"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished decode.
+
+    Attributes:
+        image: `[B, C, H, W]`, values about [-1, 1] (not clipped).
+        cost: what it took.
+        overlap: the overlap after rounding the stagger to whole steps.
+    """
+
+    image: Tensor
+    cost: Cost
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decode on its way.
+
+    Attributes:
+        image: `[B, C, H, W]`: finished tokens as they stay, the others as `E[x | x_t]`.
+        finished: `[H, W]`, True where pixels will not change any more.
+        tau: global time, from 1 to 0.
+        nfe: network calls so far, those for previews included.
+    """
+
+    image: Tensor
+    finished: Tensor
+    tau: float
+    nfe: int
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a decode needs to know of a decoder."""
+
+    layout: Layout
+    backbone: Backbone
+    noise: NoiseSchedule
+    prediction: Prediction
+    condition: ClassLabels
+    trained_for: Training
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def state_dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -35,15 +93,16 @@ class Decoding:
     steps: int
     step: Step
     streams: Streams
+    dtype: torch.dtype
 
     @cached_property
     def _places(self) -> Int[Tensor, " N"]:
         return self.order.argsort()
 
-    def states(self, dtype: torch.dtype) -> Iterator[State]:
-        """The sampler's states, from noise to data. The noise of a pixel does not depend on the order."""
+    def states(self) -> Iterator[State]:
+        """The sampler's states. A pixel starts from the same noise whatever the order."""
         num_tokens, dim = self.layout.num_tokens, self.layout.token_dim
-        x_1 = self.streams.normal(num_tokens, dim).to(self.order.device, dtype)
+        x_1 = self.streams.normal(num_tokens, dim).to(self.order.device, self.dtype)
         return sample(
             self._denoise,
             x_1[:, self.order],
@@ -79,3 +138,65 @@ class Decoding:
 
     def _denoise(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
         return self.denoiser(x_t, t, self.context, span)
+
+
+@torch.no_grad()
+def begin(
+    model: Model,
+    cond: Any,
+    num_images: int | None,
+    num_groups: int,
+    overlap: float,
+    steps: int,
+    order: Order,
+    step: Step,
+    guidance: float,
+    seed: int | torch.Generator | None,
+    first: int,
+    cache: bool,
+) -> Decoding:
+    """Check the settings of a decode and prepare it.
+
+    Raises:
+        ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
+    """
+    grouping = Grouping(model.layout.num_tokens, num_groups)
+    schedule = RollingSchedule(num_groups, overlap)
+    schedule.stagger(steps)
+    for words in model.trained_for.beyond(num_groups, overlap, order):
+        warnings.warn(
+            f"decoding beyond what this checkpoint was trained for: {words}", stacklevel=4
+        )
+    if num_images is None:
+        num_images = 1 if cond is None or torch.as_tensor(cond).ndim == 0 else len(cond)
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
+    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    label = model.condition.check(cond, num_images, model.device)
+    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
+    if guidance != 0:
+        if cond is None:
+            raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
+        label = torch.cat([label, model.condition.null(num_images, model.device)])
+        denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
+    permutation = decode_order(order, model.layout.coords).to(model.device)
+    context = model.backbone.prepare(
+        permutation,
+        grouping.group.to(model.device),
+        label,
+        batch=len(label) if cache else None,
+        dtype=model.state_dtype,
+    )
+    streams = Streams(seed, num_images, first=first)
+    return Decoding(
+        denoiser,
+        model.layout,
+        context,
+        permutation,
+        schedule,
+        steps,
+        step,
+        streams,
+        model.state_dtype,
+    )

@@ -2,16 +2,16 @@
 
 A *backbone* is the raw network. `prepare` turns what does not change while the times move (places,
 groups, condition) into a context, once; a call then sees a span of tokens in decode order, each at
-its own time. A *denoiser* joins a backbone with a noise schedule and a prediction, and answers for a
-span of the state with an `Estimate` of data and noise.
+its own time. A *denoiser* joins a backbone with a noise schedule and a prediction, and answers for
+a span of the state with an `Estimate` of data and noise.
 
 Waiting tokens are pure noise and independent of the data, so a causal backbone is never shown them.
-Finished tokens never change, so with a cache it is shown each of them once more, in the first call in
-which they are clean, and never again: the caller computes `cached … hi`, and nothing else.
+Finished tokens never change, so with a cache it is shown each of them once more, in the first call
+in which they are clean, and never again: the caller computes `cached … hi`, and nothing else.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from rolldiff.prediction import Estimate, Prediction, solve
 __all__ = ["Backbone", "Context", "Denoiser", "Guided"]
 
 
+@runtime_checkable
 class Context(Protocol):
     """What a backbone keeps for one decode, or for one training batch.
 
@@ -33,6 +34,7 @@ class Context(Protocol):
     cached: int | None
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """The raw network.
 
@@ -100,12 +102,10 @@ class Denoiser:
         context: Context,
         span: tuple[int, int],
     ) -> Estimate:
-        """The estimate for the tokens `lo … hi - 1` of the state `x_t`; those before `lo` are clean."""
+        """The estimate for the tokens `lo … hi - 1`; those before `lo` are clean."""
         y = self.predict(x_t, t, context, span).to(x_t.dtype)
         lo, hi = span
-        return solve(
-            y, x_t[:, lo:hi], t[lo:hi], prediction=self.prediction, noise=self.noise
-        )
+        return solve(y, x_t[:, lo:hi], t[lo:hi], prediction=self.prediction, noise=self.noise)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"
     """The permutation that lists raster tokens in the order in which they are decoded.
 
     Coarser levels always come first. Within a level the named orders sort by row and column;
-    `cells:K` takes blocks of K x K tokens in raster order, `centre_out` goes by the distance from the
-    centre, and `random:SEED` is a shuffle fixed by its seed.
+    `cells:K` takes blocks of K x K tokens in raster order, `centre_out` goes by the distance from
+    the centre, and `random:SEED` is a shuffle fixed by its seed.
 
     Args:
         order: one of `ORDERS`, or the permutation itself.
@@ -105,7 +105,7 @@ class Grouping:
     def __post_init__(self) -> None:
         if not isinstance(self.num_groups, int) or not 1 <= self.num_groups <= self.num_tokens:
             raise ValueError(
-                f"num_groups must be a whole number in 1 … {self.num_tokens} (the number of tokens), "
+                f"num_groups must be a whole number in 1 … {self.num_tokens} (the tokens), "
                 f"got {self.num_groups!r}"
             )
 

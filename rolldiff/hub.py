@@ -3,16 +3,17 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typing_extensions import Self
 
 from rolldiff.config import build, describe
 
 __all__ = ["Pretrained"]
+
+M = TypeVar("M", bound="Pretrained")
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -32,11 +33,12 @@ class Pretrained(nn.Module):
         return description
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls: type[M], config: dict[str, Any]) -> M:
         """A module with fresh weights.
 
         Raises:
-            ValueError: if the configuration names anything outside of this library, or something that
+            ValueError: if the configuration names anything outside of this library, or something
+            that
                 is not a module of this class.
         """
         module = build(config)
@@ -56,7 +58,7 @@ class Pretrained(nn.Module):
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls: type[M], folder: str | Path) -> M:
         """Read what `save_pretrained` wrote, on the CPU and in evaluation mode.
 
         Raises:
@@ -65,7 +67,9 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise ValueError(f"a saved decoder needs {WEIGHTS} and {CONFIG}, got {folder} without {name}")
+                raise ValueError(
+                    f"a saved decoder needs {WEIGHTS} and {CONFIG}, got {folder} without {name}"
+                )
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -74,7 +78,9 @@ class Pretrained(nn.Module):
         try:
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / WEIGHTS} is damaged or no safetensors file: {error}") from error
+            raise ValueError(
+                f"{folder / WEIGHTS} is damaged or no safetensors file: {error}"
+            ) from error
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,9 +1,11 @@
 """The layout: an orthonormal change between an image and its tokens.
 
 A layout keeps lengths, so white noise in pixels is white noise in tokens and a likelihood means the
-same in both. Tokens come in **raster order** here; `grouping.py` says in which order they are decoded.
+same in both. Tokens come in **raster order** here; `grouping.py` says in which order they are
+decoded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Layout", "Patches"]
+__all__ = ["Layout", "Patches", "check_image"]
 
 
 @runtime_checkable
@@ -63,7 +65,7 @@ class Patches:
         ValueError: if a size is below 1 or `patch` does not divide the image.
     """
 
-    image_size: int | tuple[int, int]
+    image_size: int | Sequence[int]
     channels: int = 3
     patch: int = 1
 
@@ -118,3 +120,22 @@ class Patches:
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         p, (h, w) = self.patch, self.grid
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
+
+
+def check_image(image: Tensor, layout: Layout) -> Tensor:
+    """The image itself.
+
+    Raises:
+        ValueError: if it is not `[B, C, H, W]` as the layout has it, floating point, in [-1, 1].
+    """
+    shape = layout.image_shape
+    if image.ndim != 4 or image.shape[1:] != shape or not len(image):
+        raise ValueError(
+            f"image must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
+        )
+    if not image.is_floating_point():
+        raise ValueError(f"image must be floating point in [-1, 1], got {image.dtype}")
+    least, most = (float(end) for end in image.aminmax())
+    if not -1.001 <= least <= most <= 1.001:
+        raise ValueError(f"image must be in [-1, 1], got {least:.4g} … {most:.4g}")
+    return image

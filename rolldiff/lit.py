@@ -5,7 +5,7 @@ A checkpoint's hyperparameters are plain containers, so it loads with `weights_o
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class LitDecoder(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.decay = decay
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -67,19 +67,17 @@ class LitDecoder(L.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         # The same noise and times each time, so that two validations can be compared.
         generator = torch.Generator().manual_seed(batch_idx)
         self.log("val_loss", self._loss(batch, generator), batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> Any:
         optimizer = (self.optimizer or AdamW)(self.parameters())
-        schedule = LambdaLR(optimizer, self._rate)
+        schedule = LambdaLR(optimizer, lambda step: self._rate(step))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def _loss(
-        self, batch: tuple[Tensor, Tensor], generator: torch.Generator | None = None
-    ) -> Tensor:
+    def _loss(self, batch: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
         image, label = batch
         cond = label if self.decoder.condition.num_classes else None
         return self.decoder.loss(image, cond, generator=generator)
@@ -110,7 +108,9 @@ def load(path: str | Path) -> Decoder:
     if path.is_dir():
         return Decoder.from_pretrained(path)
     if not path.is_file():
-        raise ValueError(f"ckpt must be a run folder or a checkpoint, got {path}, which does not exist")
+        raise ValueError(
+            f"ckpt must be a run folder or a checkpoint, got {path}, which does not exist"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage provokes

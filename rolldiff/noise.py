@@ -7,7 +7,8 @@ Conventions of the whole library, stated here once:
 - `x_t = alpha(t) x + sigma(t) eps`, with data `x` in [-1, 1] and unit Gaussian noise `eps`.
 - The ends are exact: `alpha(0) = sigma(1) = 1` and `sigma(0) = alpha(1) = 0`.
 - `log_snr = 2 log(alpha / sigma)`; the velocity is `dx_t/dt = alpha' x + sigma' eps`.
-- `shift` divides `alpha / sigma` at every time, so `shift > 1` spends more of the clock at high noise
+- `shift` divides `alpha / sigma` at every time, so `shift > 1` spends more of the clock at high
+noise
   (Esser et al. 2024, eq. 23; Hoogeboom et al. 2023, eq. 4).
 """
 
@@ -70,7 +71,7 @@ class Rectified(NoiseSchedule):
     """
 
     def _scale(self, t: Tensor) -> Tensor:
-        return 1 + (self.shift - 1) * t
+        return (1 - t) + self.shift * t
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / self._scale(t)
@@ -85,8 +86,10 @@ class Rectified(NoiseSchedule):
 
 @dataclass(frozen=True)
 class Cosine(NoiseSchedule):
-    """A quarter circle: `alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)` at shift 1, so that
-    `alpha^2 + sigma^2 = 1` (Nichol and Dhariwal 2021; Salimans and Ho 2022)."""
+    """A quarter circle: `alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)` at shift 1.
+
+    `alpha^2 + sigma^2 = 1` at any shift (Nichol and Dhariwal 2021; Salimans and Ho 2022).
+    """
 
     def _circle(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # The sine of the complement, not the cosine: it is exactly 0 at t = 1.

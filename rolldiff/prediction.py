@@ -1,7 +1,8 @@
 """One solve for every prediction.
 
 What a network predicts is a fixed combination of data and noise, `y = a x + b eps`. Together with
-`x_t = alpha x + sigma eps` that is a 2 x 2 linear system with determinant `det = alpha b - sigma a`:
+`x_t = alpha x + sigma eps` that is a 2 x 2 linear system with determinant `det = alpha b - sigma
+a`:
 
     x = (b x_t - sigma y) / det,        eps = (alpha y - a x_t) / det.
 
@@ -81,5 +82,5 @@ def solve(
 def weight(
     prediction: Prediction, loss: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]
 ) -> Float[Tensor, "*T"]:
-    """`(det_loss / det_prediction)^2`: what a squared error of the prediction weighs in the loss."""
+    """`(det_loss / det_prediction)^2`, the weight of a squared error of the prediction."""
     return (_determinant(loss, noise, t) / _determinant(prediction, noise, t)) ** 2

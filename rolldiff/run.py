@@ -7,14 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from rolldiff.lit import LitDecoder
 from rolldiff.report import Summary, device_name, distances, floor, pictures
 
-__all__ = ["train"]
+__all__ = ["build", "train"]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -32,6 +31,19 @@ class _Clock(Callback):
             self.started = time.perf_counter()
 
 
+def build(cfg: DictConfig, **others: Any) -> tuple[LitDecoder, Any, L.Trainer]:
+    """The parts of a run; nothing is written yet.
+
+    Args:
+        cfg: the configuration of `rolldiff train`.
+        **others: arguments for the trainer.
+
+    Raises:
+        hydra.errors.InstantiationException: if the configuration does not fit together.
+    """
+    return _make(cfg.lit), _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
+
+
 def train(cfg: DictConfig) -> Summary:
     """Train a decoder as configured, and leave everything in `cfg.run_dir`.
 
@@ -39,23 +51,18 @@ def train(cfg: DictConfig) -> Summary:
     `summary.json`, which comes last: a folder with a summary is a finished run.
 
     Raises:
-        ValueError: if the configuration does not fit together.
+        hydra.errors.InstantiationException: if the configuration does not fit together.
         FloatingPointError: if the loss stops being finite.
     """
     folder = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
-    data = _make(cfg.data)
-    lit: LitDecoder = _make(cfg.lit)
     clock = _Clock()
-    try:
-        trainer: L.Trainer = _make(
-            cfg.trainer,
-            callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values())],
-            logger=_make(cfg.logger) if cfg.logger else False,
-        )
-        trainer.fit(lit, datamodule=data)
-    except MisconfigurationException as error:  # an accelerator that is not there, for one
-        raise ValueError(str(error)) from error
+    lit, data, trainer = build(
+        cfg,
+        callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values())],
+        logger=_make(cfg.logger) if cfg.logger else False,
+    )
+    trainer.fit(lit, datamodule=data)
     trainer.save_checkpoint(folder / "last.ckpt")
 
     decoder = lit.decoder.to(trainer.strategy.root_device).eval()

@@ -1,8 +1,8 @@
 """The loop: a generator of states. It knows spans and times, not networks.
 
-The state is the tokens in decode order, `[B, N, D]`. Row by row of the scheduling matrix, the span of
-groups that move is taken from `t` to `s`; finished and waiting tokens are not touched. What is yielded
-is the sampler's own memory, valid until the next step: copy what you keep.
+The state is the tokens in decode order, `[B, N, D]`. Row by row of the scheduling matrix, the span
+of groups that move is taken from `t` to `s`; finished and waiting tokens are not touched. What is
+yielded is the sampler's own memory, valid until the next step: copy what you keep.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,9 +6,9 @@ scheduling matrix gives group `g` the local time
     t[r, g] = 1 - clip((r - g k) / S, 0, 1),      r = 0 … R,      R = S + (G - 1) k,
 
 so a decode takes `R` steps, and every group starts and ends on a grid point. The overlap is
-`o = 1 - k / S`: at 1 all groups move together (ordinary diffusion), at 0 one after another (groupwise,
-block autoregressive), in between a window of about `S / k` groups rolls over the image. In continuous
-time, with progress `u` in [0, 1]:
+`o = 1 - k / S`: at 1 all groups move together (ordinary diffusion), at 0 one after another
+(groupwise, block autoregressive), in between a window of about `S / k` groups rolls over the
+image. In continuous time, with progress `u` in [0, 1]:
 
     t_g(u) = clip(1 - (P u - g (1 - o)), 0, 1),      P = 1 + (G - 1)(1 - o).
 
@@ -57,7 +57,9 @@ class RollingSchedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_groups, int) or self.num_groups < 1:
-            raise ValueError(f"num_groups must be a whole number of 1 or more, got {self.num_groups!r}")
+            raise ValueError(
+                f"num_groups must be a whole number of 1 or more, got {self.num_groups!r}"
+            )
         if not isinstance(self.overlap, int | float) or not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap must be in [0, 1], got {self.overlap!r}")
 
@@ -87,12 +89,12 @@ class RollingSchedule:
         return first, min(self.num_groups, row // k + 1)
 
     def matrix(self, steps: int) -> Float[Tensor, "rows G"]:
-        """The scheduling matrix, `[R + 1, G]`: from all ones to all zeros, never increasing."""
+        """The scheduling matrix, `[R + 1, G]`, in float64: from all ones to all zeros."""
         r = torch.arange(self.num_steps(steps) + 1)[:, None]
         g = torch.arange(self.num_groups)
         # Whole numbers until the last division: the ends are exactly 1 and 0.
         age = (r - g * self.stagger(steps)).clamp(0, steps)
-        return (steps - age) / steps
+        return (steps - age).double() / steps
 
     def local(self, u: Float[Tensor, " B"]) -> Float[Tensor, "B G"]:
         """Local times at progress `u` in continuous time."""

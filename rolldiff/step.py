@@ -9,7 +9,7 @@ solution for a constant estimate is `x_s = alpha_s x + sigma_s eps` (DDIM; Song 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,8 +33,9 @@ class Last(NamedTuple):
     t: Tensor
 
 
+@runtime_checkable
 class Step(Protocol):
-    """A solver step. `draw()` gives unit noise of the shape of `x_t`, each sample from its own stream."""
+    """A solver step; `draw()` is unit noise like `x_t`, from the stream of each sample."""
 
     @property
     def order(self) -> int: ...
@@ -67,7 +68,7 @@ def _velocity(noise: NoiseSchedule, estimate: Estimate, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Euler:
-    """`x_s = alpha_s x + sigma_s eps`: DDIM with eta 0; Euler's rule where the paths are straight."""
+    """`x_s = alpha_s x + sigma_s eps`: DDIM with eta 0, Euler's rule on straight paths."""
 
     order = 1
     calls = 1

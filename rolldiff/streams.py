@@ -15,7 +15,8 @@ class Streams:
     """Independent unit noise for the samples `first … first + batch - 1` of a seed.
 
     Args:
-        seed: a whole number; or a generator, from which one number is drawn as the seed; or None for
+        seed: a whole number; or a generator, from which one number is drawn as the seed; or None
+        for
             a seed from torch's global generator.
         batch: samples.
         first: the index of the first sample.
@@ -24,9 +25,7 @@ class Streams:
         ValueError: if the seed or the index is negative.
     """
 
-    def __init__(
-        self, seed: int | torch.Generator | None, batch: int, *, first: int = 0
-    ) -> None:
+    def __init__(self, seed: int | torch.Generator | None, batch: int, *, first: int = 0) -> None:
         if seed is None or isinstance(seed, torch.Generator):
             on = seed.device if seed is not None else None
             seed = int(torch.randint(2**62, (1,), generator=seed, device=on))

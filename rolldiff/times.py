@@ -1,15 +1,16 @@
 """Which local times training shows: one time per group, several laws, and a mixture of them.
 
 A law draws `[B, G]` times for examples with `num_groups` groups each. What the context looks like
-matters more than the number of groups (xAR, table 6), and independent times alone almost never show a
-nearly clean or nearly noisy whole image, so the default is a mixture. Every draw is stratified over
-the batch: the i-th of B shuffled strata holds one number. Times of exactly 0 (clean context) and 1
-(waiting) carry no loss.
+matters more than the number of groups (xAR, table 6), and independent times alone almost never
+show a nearly clean or nearly noisy whole image, so the default is a mixture. Every draw is
+stratified over the batch: the i-th of B shuffled strata holds one number. Times of exactly 0
+(clean context) and 1 (waiting) carry no loss.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +38,7 @@ def _strata(batch: int, width: int, generator: torch.Generator | None) -> Float[
     return u.clamp(1e-6, 1 - 1e-6)
 
 
+@runtime_checkable
 class Density(Protocol):
     """The law of one time, by its quantile function on (0, 1)."""
 
@@ -66,6 +68,7 @@ class LogitNormal:
         return torch.sigmoid(z).clamp(1e-6, 1 - 1e-6)
 
 
+@runtime_checkable
 class Times(Protocol):
     """A law of group times."""
 
@@ -160,8 +163,8 @@ class Mixture:
         ValueError: if there are not as many weights as laws, or the weights are not positive.
     """
 
-    laws: tuple[Times, ...]
-    weights: tuple[float, ...]
+    laws: Sequence[Times]
+    weights: Sequence[float]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "laws", tuple(self.laws))

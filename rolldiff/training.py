@@ -38,8 +38,8 @@ class Training:
         ValueError: if a set is empty or a number is out of range.
     """
 
-    num_groups: tuple[int, ...] = (1,)
-    orders: tuple[Order, ...] = ("top_to_bottom",)
+    num_groups: Sequence[int] = (1,)
+    orders: Sequence[Order] = ("top_to_bottom",)
     times: Times = MIXTURE
     drop_cond: float = 0.1
 

@@ -1,5 +1,6 @@
 """Exact denoisers, and what samplers make of them: the ground truth of every schedule and order."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,8 +96,7 @@ def run(
     draw: Callable[[int], Tensor] | None = None,
 ):
     """The last state of a sampler."""
-    state = None
-    for state in sample(
+    states = sample(
         denoise,
         x_1,
         noise=noise,
@@ -104,6 +104,5 @@ def run(
         schedule=schedule,
         steps=steps,
         draw=draw or (lambda n: torch.randn(len(x_1), n, x_1.shape[2], dtype=x_1.dtype)),
-    ):
-        pass
-    return state
+    )
+    return deque(states, maxlen=1).pop()

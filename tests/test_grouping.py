@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rolldiff import Grouping, Patches
 from rolldiff.grouping import decode_order
 
@@ -60,13 +61,17 @@ def test_any_permutation():
     assert decode_order(order, COORDS).tolist() == order
 
 
-@pytest.mark.parametrize("order", ["up", "cells:0", "cells:x", "cells", "random:-1", [0, 1], [0] * 24])
+@pytest.mark.parametrize(
+    "order", ["up", "cells:0", "cells:x", "cells", "random:-1", [0, 1], [0] * 24]
+)
+@pytest.mark.usefixtures("unchecked")
 def test_bad_order(order):
     with pytest.raises(ValueError, match="order"):
         decode_order(order, COORDS)
 
 
 @pytest.mark.parametrize("num_groups", [0, 25, -1, 2.5, "4"])
+@pytest.mark.usefixtures("unchecked")
 def test_bad_num_groups(num_groups):
     with pytest.raises(ValueError, match="num_groups must be a whole number in 1 … 24"):
         Grouping(24, num_groups)

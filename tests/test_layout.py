@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rolldiff import Patches
 
 
@@ -37,6 +38,7 @@ def test_a_token_is_a_patch_at_its_coordinates():
         ({"image_size": 8, "channels": 0}, "channels"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_sizes(arguments, word):
     with pytest.raises(ValueError, match=word):
         Patches(**arguments)

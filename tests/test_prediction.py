@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rolldiff import Cosine, Rectified
 from rolldiff.prediction import coefficients, solve, weight
 
@@ -45,6 +46,7 @@ def test_pure_noise_has_a_finite_estimate(kind):
     assert estimate.eps.isfinite().all()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_prediction():
     with pytest.raises(ValueError, match="prediction must be one of x, eps, v, velocity"):
         coefficients("z", Rectified(), torch.ones(1))

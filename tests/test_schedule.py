@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rolldiff import RollingSchedule
 
 settings = st.tuples(st.integers(1, 9), st.floats(0, 1), st.integers(1, 9))
@@ -21,7 +22,9 @@ def test_matrix_law(numbers):
     # Each group takes `steps` equal steps, from exactly 1 to exactly 0.
     assert ((matrix.diff(dim=0) < 0).sum(0) == steps).all()
     falls = -matrix.diff(dim=0)
-    torch.testing.assert_close(falls[falls > 0], torch.full((steps * num_groups,), 1 / steps))
+    torch.testing.assert_close(
+        falls[falls > 0], torch.full((steps * num_groups,), 1 / steps).double()
+    )
 
 
 @given(settings)
@@ -41,8 +44,8 @@ def test_the_continuous_clock_meets_the_matrix(num_groups, steps, k):
     overlap = 1 - min(k, steps) / steps
     schedule = RollingSchedule(num_groups, overlap)
     matrix = schedule.matrix(steps)
-    u = torch.linspace(0, 1, len(matrix))
-    torch.testing.assert_close(schedule.local(u), matrix, rtol=0, atol=1e-5)
+    u = torch.linspace(0, 1, len(matrix), dtype=torch.float64)
+    torch.testing.assert_close(schedule.local(u), matrix, rtol=0, atol=1e-12)
 
 
 def test_special_cases():
@@ -54,18 +57,21 @@ def test_special_cases():
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.1, float("nan"), "half"])
+@pytest.mark.usefixtures("unchecked")
 def test_bad_overlap(overlap):
     with pytest.raises(ValueError, match="overlap must be in"):
         RollingSchedule(2, overlap)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "4"])
+@pytest.mark.usefixtures("unchecked")
 def test_bad_steps(steps):
     with pytest.raises(ValueError, match="steps must be a whole number"):
         RollingSchedule(2).stagger(steps)
 
 
 @pytest.mark.parametrize("num_groups", [0, 1.5])
+@pytest.mark.usefixtures("unchecked")
 def test_bad_num_groups(num_groups):
     with pytest.raises(ValueError, match="num_groups"):
         RollingSchedule(num_groups)

@@ -1,7 +1,7 @@
 """The handwritten digits that ship with scikit-learn: 1,797 scans of 8 x 8 pixels in 17 greys.
 
-E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository
-(1998), the test part.
+E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository (1998), the test part.
 """
 
 from functools import cached_property

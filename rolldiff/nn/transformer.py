@@ -5,8 +5,9 @@ changes again, so its keys and values, once written while it was clean, are fina
 A cache is two tensors `[depth, B, heads, N, width / heads]`, `2 depth N width` numbers an example,
 allocated once.
 
-The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers, and
-a small table for each. Places are a learned table and two-dimensional rotary angles (Su et al. 2021).
+The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
+and a small table for each. Places are a learned table and two-dimensional rotary angles (Su et al.
+2021).
 """
 
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class Transformer(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
         self.time = _Time(width, 6 * width)
         self.label = nn.Embedding(num_classes + 1, 6 * width)
-        self.blocks = nn.ModuleList(_Block(width, heads, int(mlp_ratio * width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, int(mlp_ratio * width)) for _ in range(depth)
+        )
         self.head = nn.Linear(width, layout.token_dim)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
@@ -225,7 +228,7 @@ def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor,
 
 
 def _rotary(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "N 2 half"]:
-    """Cosines and sines: a quarter of a head's channels turn with the row, a quarter with the column."""
+    """Cosines and sines: half of a head's pairs turn with the row, half with the column."""
     frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
     angle = (coords[:, 1:, None] * frequency).flatten(1)
     return torch.stack([angle.cos(), angle.sin()], dim=1)

@@ -1,0 +1,5 @@
+"""`python -m rolldiff` is `rolldiff`."""
+
+from rolldiff.cli import main
+
+main()

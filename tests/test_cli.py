@@ -1,0 +1,160 @@
+"""The commands as a user meets them, in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+from rolldiff import Decoder
+from rolldiff.cli import main
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def rolldiff(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "rolldiff", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+TINY = ["max_steps=4", "batch_size=8", "nn.width=16", "nn.depth=1", "nn.heads=1", "report.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    done = rolldiff("train", *TINY, "run_dir=run", "trainer.val_check_interval=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def test_train_leaves_everything(trained):
+    run, done = trained
+    names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert names >= {
+        "last.ckpt",
+        "model.safetensors",
+        "config.json",
+        "config.yaml",
+        "samples.png",
+        "stream.gif",
+        "summary.json",
+        "logs/metrics.csv",
+        "samples/step-000002.png",
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["fd_pixels"]) == ["1", "2", "4", "8", "16"]
+    assert summary["images_seen"] == 4 * 8
+    assert 0.2 < summary["fd_pixels_floor"] < 0.35
+    assert "num_groups  fd_pixels" in done.stdout
+    assert "rolldiff decode ckpt=run" in done.stdout
+    for name in ("samples.png", "stream.gif"):
+        with Image.open(run / name) as picture:
+            picture.verify()
+
+
+def test_an_older_run_is_never_overwritten(trained):
+    run, _ = trained
+    before = (run / "summary.json").read_bytes()
+    done = rolldiff("train", *TINY, "run_dir=run", cwd=run.parent)
+    refused(done.returncode, done.stderr, "run_dir must be a new or an empty folder")
+    assert (run / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("ckpt", ["run", "run/last.ckpt"])
+def test_decode_writes_a_picture(trained, ckpt):
+    run, _ = trained
+    done = rolldiff(
+        "decode",
+        f"ckpt={ckpt}",
+        "num_groups=4",
+        "overlap=0.5",
+        "steps=2",
+        "num_images=6",
+        "out=digits.png",
+        cwd=run.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 network calls in series" in done.stdout
+    with Image.open(run.parent / "digits.png") as picture:
+        assert picture.width > 96
+
+
+def test_decode_writes_a_film(trained):
+    run, _ = trained
+    options = ["num_groups=2", "steps=2", "num_images=4", "label=3", "guidance=1", "step=heun"]
+    done = rolldiff("decode", "ckpt=run", *options, "out=digits.gif", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    with Image.open(run.parent / "digits.gif") as film:
+        assert film.format == "GIF"
+
+
+def refused(status, stderr, words):
+    assert status == 2, stderr
+    lines = [line for line in stderr.splitlines() if line]
+    assert len(lines) == 1, stderr
+    assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fly"], "COMMAND must be one of train, decode"),
+        (["train", "experiment=nothing"], "experiment/nothing"),
+        (["train", "speed=9"], "speed"),
+        (["train", "layout.patch=3"], "patch must divide image_size"),
+        (["train", "training.num_groups=[17]"], "num_groups must be a whole number in 1 … 16"),
+        (["train", "nn.width=17"], "width must be a multiple"),
+        (["train", "batch_size=0"], "batch_size"),
+        (["train", "max_steps=["], "no viable alternative"),
+        (["train", "trainer.accelerator=gpu"], "No supported gpu backend"),
+        (["decode"], "ckpt must be"),
+        (["decode", "ckpt=nowhere"], "does not exist"),
+        (["decode", "ckpt=good", "num_groups=0"], "num_groups must be a whole number in 1 … 16"),
+        (["decode", "ckpt=good", "num_groups=four"], "num_groups must be a whole number"),
+        (["decode", "ckpt=good", "overlap=2"], "overlap must be in [0, 1]"),
+        (["decode", "ckpt=good", "steps=0"], "steps must be a whole number"),
+        (["decode", "ckpt=good", "label=10"], "cond must be in 0 … 9"),
+        (["decode", "ckpt=good", "num_images=0"], "num_images"),
+        (["decode", "ckpt=good", "order=sideways"], "order must be one of"),
+        (["decode", "ckpt=good", "out=a.jpg"], "out must end in .png or .gif"),
+        (["decode", "ckpt=good", "out=no/such/a.png"], "out must be in a folder that exists"),
+        (["decode", "ckpt=cut"], "damaged"),
+        (["decode", "ckpt=foreign.ckpt"], "not a checkpoint of this library"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("unchecked")
+def test_mistakes_are_one_line_and_leave_nothing(arguments, words, tmp_path, capsys, monkeypatch):
+    decoder = Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=10)
+    for name in ("good", "cut"):
+        decoder.save_pretrained(tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    torch.save({}, tmp_path / "foreign.ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    # In this process, for the imports alone take seconds.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    told = capsys.readouterr()
+    assert told.out == ""
+    refused(stop.value.code, told.err, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_and_version(tmp_path):
+    assert "usage: rolldiff COMMAND" in rolldiff(cwd=tmp_path).stdout
+    assert rolldiff("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
+    assert "ckpt" in rolldiff("decode", "--help", cwd=tmp_path).stdout

@@ -1,0 +1,286 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as run_settings
+from hypothesis import strategies as st
+
+from rolldiff import Ancestral, Decoder, Euler, Grouping, Heun, Multistep, Training
+
+LABEL = torch.tensor([3, 1, 4])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("step", [Euler(), Heun(), Multistep(), Ancestral()], ids=repr)
+def test_the_cache_is_exact(make, step, dtype, tolerance):
+    decoder = make(dtype=dtype)
+
+    @run_settings(max_examples=15)
+    @given(
+        st.integers(1, 16),
+        st.floats(0, 1),
+        st.integers(1, 4),
+        st.sampled_from([0.0, 1.5]),
+        st.integers(1, 3),
+        st.sampled_from(["top_to_bottom", "random:0"]),
+    )
+    def agree(num_groups, overlap, steps, guidance, batch, order):
+        ask = {
+            "num_groups": num_groups,
+            "overlap": overlap,
+            "steps": steps,
+            "guidance": guidance,
+            "order": order,
+            "step": step,
+            "seed": 0,
+        }
+        cached, plain = (decoder.decode(LABEL[:batch], cache=c, **ask) for c in (True, False))
+        assert relative(cached.image, plain.image) < tolerance
+        assert (cached.cost.cached, plain.cost.cached) == (True, False)
+        assert cached.cost.nfe == plain.cost.nfe
+        assert cached.cost.tokens <= plain.cost.tokens
+
+    agree()
+
+
+def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
+    """The same network and noise in a loop that knows nothing of groups."""
+    decoder, steps = make(), 5
+    noise = decoder.decode(LABEL, steps=steps, seed=1, step=_Nothing()).image
+    x = decoder.layout.tokens(noise)
+    context = decoder.backbone.prepare(torch.arange(16), torch.zeros(16, dtype=torch.long), LABEL)
+    with torch.no_grad():
+        for r in range(steps):
+            t, s = (torch.full((16,), (steps - i) / steps) for i in (r, r + 1))
+            y = decoder.backbone(x, t, context)
+            eps = (x - (1 - t[:, None]) * y) / t[:, None]
+            x = (1 - s[:, None]) * y + s[:, None] * eps
+    ordinary = decoder.layout.image(x)
+    assert torch.equal(decoder.decode(LABEL, steps=steps, seed=1).image, ordinary)
+
+
+class _Nothing(Euler):
+    """Leaves the noise where it is."""
+
+    def __call__(self, denoise, noise, x_t, t, s, *, last=None, draw):
+        return x_t, denoise(x_t, t)
+
+
+def test_pixel_autoregression_is_the_chain_rule(make):
+    """At num_groups = num_pixels a pixel depends on the noise of no later pixel."""
+    decoder = make(patch=1, num_classes=0, dtype=torch.float64)
+    with torch.no_grad():
+        order = torch.arange(64)
+        context = decoder.backbone.prepare(order, order)
+        x, t = torch.randn(1, 64, 1, dtype=torch.float64), torch.rand(64, dtype=torch.float64)
+        y = decoder.backbone(x, t, context)
+        for pixel in (1, 20, 63):
+            moved = x.clone()
+            moved[:, pixel] += 1
+            change = (decoder.backbone(moved, t, context) - y)[0, :, 0]
+            assert (change[:pixel] == 0).all()
+            assert (change[pixel:] != 0).all()
+    cost = decoder.decode(num_groups=64, steps=2, seed=0).cost
+    assert (cost.nfe, cost.tokens) == (128, 64 * 3 - 1)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 8, 16])
+def test_grouping_costs_no_tokens(make, num_groups):
+    cost = make().decode(num_groups=num_groups, steps=4, seed=0).cost
+    last = 16 - Grouping(16, num_groups).ends[-2]
+    assert cost.nfe == 4 * num_groups
+    assert cost.tokens == 16 * (4 + 1) - last
+
+
+@pytest.mark.parametrize("order", ["top_to_bottom", "random:0"])
+@pytest.mark.parametrize(("num_groups", "overlap"), [(1, 0.0), (4, 0.0), (5, 0.5)])
+def test_stream_equals_decode_and_finished_pixels_stay(make, order, num_groups, overlap):
+    decoder = make()
+    ask = {"num_groups": num_groups, "overlap": overlap, "steps": 4, "order": order, "seed": 0}
+    frames = list(decoder.stream(LABEL, **ask))
+    assert torch.equal(frames[-1].image, decoder.decode(LABEL, **ask).image)
+    assert frames[-1].finished.all()
+    assert frames[-1].tau == 0
+    for a, b in pairwise(frames):
+        assert torch.equal(a.image[..., a.finished], b.image[..., a.finished])
+        assert (b.finished | ~a.finished).all()
+        assert a.tau > b.tau
+        assert a.nfe < b.nfe
+
+
+def test_stream_shows_evenly_spaced_frames(make):
+    decoder = make()
+    frames = list(decoder.stream(LABEL, num_groups=4, steps=5, seed=0, frames=4))
+    assert [round(f.tau, 9) for f in frames] == [0.75, 0.5, 0.25, 0]
+    assert [int(f.finished.sum()) for f in frames] == [16, 32, 48, 64]
+
+
+def test_previews_of_waiting_tokens_are_an_estimate(make):
+    decoder = make()
+    ask = {"num_groups": 4, "steps": 2, "seed": 0, "frames": 1 + 1}
+    shown, hidden = (next(decoder.stream(LABEL, preview=p, **ask)) for p in (True, False))
+    waiting = torch.zeros(8, 8, dtype=torch.bool)
+    waiting[4:] = True
+    assert (hidden.image[..., waiting] == 0).all()
+    assert (shown.image[..., waiting] != 0).all()
+    assert shown.nfe == hidden.nfe + 1
+    assert torch.equal(shown.image[..., ~waiting], hidden.image[..., ~waiting])
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(make):
+    decoder = make(dtype=torch.float64)
+    ask = {"num_groups": 4, "overlap": 0.5, "steps": 3, "step": Ancestral()}
+    together = decoder.decode(LABEL, seed=7, **ask).image
+    for i in range(3):
+        alone = decoder.decode(LABEL[i : i + 1], seed=7, first=i, **ask).image
+        torch.testing.assert_close(alone[0], together[i])
+    generator = torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    batch = decoder.decode(LABEL, seed=generator, **ask).image
+    generator.set_state(state)
+    first = decoder.decode(LABEL[:1], seed=generator, **ask).image
+    torch.testing.assert_close(first[0], batch[0])
+
+
+def test_every_setting_starts_from_the_same_noise(make):
+    decoder = make()
+    ask = {"num_images": 2, "steps": 1, "step": _Nothing(), "seed": 0}
+    one = decoder.decode(**ask).image
+    for num_groups, order in [(4, "top_to_bottom"), (16, "random:0")]:
+        assert torch.equal(decoder.decode(num_groups=num_groups, order=order, **ask).image, one)
+
+
+def test_guidance_moves_away_from_the_null_condition(make):
+    decoder = make(dtype=torch.float64)
+    ask = {"steps": 1, "seed": 0}
+    with_label = decoder.decode(LABEL, **ask).image
+    without = decoder.decode(None, num_images=3, **ask).image
+    guided = decoder.decode(LABEL, guidance=2.0, **ask)
+    torch.testing.assert_close(guided.image, with_label + 2 * (with_label - without))
+    assert guided.cost.nfe == 1
+    assert guided.cost.tokens == 2 * 16
+
+
+def test_bidirectional_runs_without_a_cache_and_says_so(make):
+    cost = make(causal=False).decode(num_groups=4, steps=2, seed=0).cost
+    assert not cost.cached
+    assert cost.tokens == 16 * 8
+
+
+def test_loss_is_reproducible_and_learns():
+    torch.manual_seed(0)
+    decoder = Decoder.build(
+        image_size=8, channels=1, width=32, depth=1, num_classes=10, training=Training((1, 4))
+    )
+    image = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(1)).round() * 2 - 1
+    label = torch.arange(64) % 10
+
+    def loss():
+        return decoder.loss(image, label, generator=torch.Generator().manual_seed(0))
+
+    before = loss()
+    assert torch.equal(before, loss())
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        decoder.loss(image, label).backward()
+        optimizer.step()
+    assert loss() < 0.8 * before
+
+
+def test_loss_masks_tokens_that_do_not_move(make):
+    """Clean and waiting tokens carry no loss: with all waiting there is nothing to learn."""
+
+    class Waiting:
+        overlaps = (0.0, 1.0)
+
+        def __call__(self, num_groups, width, generator=None):
+            return torch.ones(len(num_groups), width)
+
+    decoder = make()
+    decoder.trained_for = Training(times=Waiting())
+    assert decoder.loss(torch.zeros(2, 1, 8, 8)) == 0
+
+
+def test_decoding_beyond_training_warns_and_names_the_setting():
+    decoder = Decoder.build(
+        image_size=8, channels=1, width=32, depth=1, training=Training(num_groups=(1, 4))
+    )
+    with pytest.warns(UserWarning, match=r"num_groups 2 \(trained: 1, 4\)"):
+        decoder.decode(num_groups=2, steps=1)
+    with pytest.warns(UserWarning, match="order bottom_to_top"):
+        decoder.decode(num_groups=4, order="bottom_to_top", steps=1)
+
+
+GOOD = torch.zeros(2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "cond", "word"),
+    [
+        (torch.zeros(2, 3, 8, 8), None, "image must have shape"),
+        (torch.zeros(2, 8, 8), None, "image must have shape"),
+        (torch.zeros(0, 1, 8, 8), None, "image must have shape"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "floating point"),
+        (torch.full((2, 1, 8, 8), 255.0), None, r"image must be in \[-1, 1\]"),
+        (torch.full((2, 1, 8, 8), float("nan")), None, r"image must be in \[-1, 1\]"),
+        (GOOD, [0, 10], "cond must be in 0 … 9"),
+        (GOOD, [-1, 0], "cond must be in 0 … 9"),
+        (GOOD, [0], "cond must have shape"),
+        (GOOD, torch.zeros(2), "whole numbers"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_training_input(make, image, cond, word):
+    with pytest.raises(ValueError, match=word):
+        make().loss(image, cond)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"num_groups": 0}, "num_groups"),
+        ({"num_groups": 17}, "num_groups"),
+        ({"overlap": 1.5}, "overlap"),
+        ({"overlap": -0.5}, "overlap"),
+        ({"steps": 0}, "steps"),
+        ({"num_images": 0}, "num_images"),
+        ({"order": "sideways"}, "order"),
+        ({"guidance": 1.0}, "guidance needs a condition"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"cond": [12]}, "cond"),
+        ({"cond": [1, 2], "num_images": 3}, "cond must have shape"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_decode_input(make, arguments, word):
+    decoder = make()
+    with pytest.raises(ValueError, match=word):
+        decoder.decode(**arguments)
+    with pytest.raises(ValueError, match=word):
+        decoder.stream(**arguments)
+
+
+@pytest.mark.parametrize("frames", [0, 100, 1.5])
+@pytest.mark.usefixtures("unchecked")
+def test_bad_frames(make, frames):
+    with pytest.raises(ValueError, match="frames"):
+        make().stream(num_groups=2, steps=2, frames=frames)
+
+
+def test_labels_for_a_decoder_without(make):
+    with pytest.raises(ValueError, match="built without class labels"):
+        make(num_classes=0).decode([1])
+
+
+def test_any_image_size():
+    decoder = Decoder.build(image_size=(6, 10), channels=3, patch=2, width=32, depth=1)
+    assert decoder.loss(torch.rand(2, 3, 6, 10)).isfinite()
+    with pytest.warns(UserWarning, match="num_groups"):
+        assert decoder.decode(num_groups=7, steps=1).image.shape == (1, 3, 6, 10)

@@ -1,0 +1,95 @@
+from itertools import pairwise
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from rolldiff import Decoder
+from rolldiff.data.digits import Digits
+from rolldiff.lit import LitDecoder, load
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    return Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=10)
+
+
+def test_the_digits_are_1797_scans_in_range():
+    data = Digits(batch_size=7, max_steps=3, seed=0)
+    assert data.image.shape == (1797, 1, 8, 8)
+    assert (data.image.min(), data.image.max()) == (-1, 1)
+    assert data.label.bincount().min() > 170
+    batches = list(data.train_dataloader())
+    assert [len(image) for image, _ in batches] == [7, 7, 7]
+    again = list(Digits(batch_size=7, max_steps=3, seed=0).train_dataloader())
+    assert torch.equal(batches[2][0], again[2][0])
+    match = (data.image == batches[0][0][0]).all((1, 2, 3)).nonzero()[0, 0]
+    assert data.label[match] == batches[0][1][0]
+
+
+def test_a_checkpoint_holds_averaged_weights_and_plain_containers(decoder, tmp_path):
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[EMAWeightAveraging(decay=0.5)])
+    lit = LitDecoder(decoder, warmup_steps=0)
+    start = {n: p.clone() for n, p in lit.named_parameters()}
+    trainer.fit(lit, Digits(batch_size=8, max_steps=4))
+    assert any(not torch.equal(p, start[n]) for n, p in lit.named_parameters())
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    read = load(path)
+    assert read.to_config() == decoder.to_config()
+    for name, value in lit.decoder.state_dict().items():
+        assert torch.equal(value, read.state_dict()[name])
+    assert isinstance(LitDecoder.load_from_checkpoint(path, weights_only=True), LitDecoder)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_named(decoder):
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+            if batch_idx == 2:
+                lit.decoder.backbone.head.bias.data.fill_(float("nan"))
+
+    trainer = L.Trainer(**QUIET, max_steps=5, callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match="nan at step 2"):
+        trainer.fit(LitDecoder(decoder), Digits(batch_size=8, max_steps=5))
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_learning_rate(decoder, decay):
+    lit = LitDecoder(decoder, warmup_steps=9, decay=decay)
+    lit.trainer = L.Trainer(**QUIET, max_steps=100)
+    rates = [lit._rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01)
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert rates[99] == 1 if decay == "constant" else rates[99] < 0.001
+
+
+def test_foreign_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load(tmp_path / "none.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "cut.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="not a checkpoint of this library"):
+        load(tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="without model.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"decay": "steps"}, {"warmup_steps": -1}])
+@pytest.mark.usefixtures("unchecked")
+def test_bad_settings(decoder, arguments):
+    with pytest.raises(ValueError, match="decay|warmup_steps"):
+        LitDecoder(decoder, **arguments)

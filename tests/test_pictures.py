@@ -1,0 +1,37 @@
+import pytest
+import torch
+from PIL import Image
+
+from rolldiff.pictures import film, rows, sheet
+
+
+def test_sheet_shows_every_pixel():
+    image = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2)
+    page = sheet(image, columns=1, scale=1)
+    assert page.size == (4, 4)
+    shown = [page.getpixel((x, y))[0] for y in (1, 2) for x in (1, 2)]
+    assert shown == [0, 128, 255, 255]
+
+
+def test_sheet_fills_the_last_row_with_paper():
+    page = sheet(-torch.ones(5, 3, 4, 4), columns=3, scale=2)
+    assert page.size == (3 * 10, 2 * 10)
+    assert page.getpixel((25, 15)) == (255, 255, 255)
+    assert page.getpixel((5, 5)) == (0, 0, 0)
+
+
+def test_rows_have_labels():
+    page = rows({"a": torch.zeros(2, 1, 8, 8), "a longer label": torch.zeros(2, 1, 8, 8)})
+    strip = sheet(torch.zeros(2, 1, 8, 8), columns=2)
+    assert page.height == 2 * strip.height
+    margin = page.crop((0, 0, page.width - strip.width, strip.height))
+    assert margin.getextrema()[0][0] < 128, "ink"
+
+
+def test_film(tmp_path):
+    pages = [sheet(torch.full((1, 1, 8, 8), v)) for v in (-1.0, 0.0, 1.0)]
+    film(pages, tmp_path / "f.gif")
+    with Image.open(tmp_path / "f.gif") as gif:
+        assert gif.n_frames == 3
+    with pytest.raises(ValueError, match="pages"):
+        film([], tmp_path / "f.gif")

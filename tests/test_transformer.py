@@ -1,0 +1,104 @@
+"""Block-causal means it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as run_settings
+from hypothesis import strategies as st
+
+from rolldiff import Grouping, Patches, Transformer
+
+
+def network(patch=1, **arguments):
+    torch.manual_seed(0)
+    layout = Patches(4, channels=1, patch=patch)
+    net = Transformer(layout, width=16, depth=2, heads=2, **arguments).double()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def prepared(net, num_groups, batch=None):
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    return net.prepare(order, Grouping(16, num_groups).group, batch=batch, dtype=torch.float64)
+
+
+@run_settings(max_examples=30)
+@given(st.integers(1, 16), st.integers(0, 15), st.booleans())
+def test_a_later_token_changes_no_earlier_group(num_groups, token, batched):
+    net, group = network(), Grouping(16, num_groups).group
+    order, many = torch.arange(16), group
+    if batched:  # the path of training: a mask for each example
+        order, many = order.expand(2, 16), group.expand(2, 16)
+    context = net.prepare(order, many)
+    x = torch.randn(2, 16, 1, dtype=torch.float64)
+    t = torch.rand(2, 16, dtype=torch.float64)
+    y = net(x, t, context)
+    x[:, token] += 1
+    t[:, token] = 0.5
+    moved = (net(x, t, context) - y).abs().amax((0, 2)) > 0
+    assert not moved[group < group[token]].any()
+    assert moved[group >= group[token]].all(), "those that may see it do"
+
+
+@pytest.mark.parametrize("num_groups", [2, 5, 16])
+def test_the_gradient_to_later_groups_is_zero(num_groups):
+    net, group = network(), Grouping(16, num_groups).group
+    context = prepared(net, num_groups)
+    t = torch.rand(16, dtype=torch.float64)
+    x = torch.randn(1, 16, 1, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, t, context), x)
+    reached = jacobian[0, :, 0, 0, :, 0] != 0
+    assert torch.equal(reached, group[:, None] >= group[None])
+
+
+def test_bidirectional_sees_all():
+    net = network(causal=False)
+    x = torch.randn(1, 16, 1, dtype=torch.float64, requires_grad=True)
+    net(x, torch.rand(16).double(), prepared(net, 4))[0, 0].sum().backward()
+    assert (x.grad != 0).all()
+    assert prepared(net, 4, batch=1).cached is None
+
+
+def test_a_span_with_the_cache_equals_the_whole():
+    net = network()
+    x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
+    whole = net(x, t, prepared(net, 4))
+    context = prepared(net, 4, batch=3)
+    parts = [net(x[:, a:b], t[a:b], context, a) for a, b in [(0, 4), (4, 12), (12, 16)]]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_the_cache_is_as_large_as_documented():
+    context = prepared(network(), 4, batch=3)
+    depth, width = 2, 16
+    assert context.keys.numel() + context.values.numel() == 2 * depth * 16 * width * 3
+
+
+def test_places_follow_the_order():
+    """The same tokens in another order, all in one group, give the same outputs."""
+    net = network()
+    x, t = torch.randn(1, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
+    one = Grouping(16, 1).group
+    order = torch.randperm(16)
+    y = net(x, t, net.prepare(torch.arange(16), one))
+    shuffled = net(x[:, order], t[order], net.prepare(order, one))
+    torch.testing.assert_close(shuffled, y[:, order])
+
+
+def test_labels_and_times_matter():
+    net = network(num_classes=3)
+    x, one = torch.randn(2, 16, 1, dtype=torch.float64), Grouping(16, 1).group
+    context = net.prepare(torch.arange(16), one, torch.tensor([0, 1]))
+    t = torch.full((16,), 0.5, dtype=torch.float64)
+    y = net(x[:1].expand(2, -1, -1), t, context)
+    assert not torch.allclose(y[0], y[1])
+    assert not torch.allclose(y, net(x[:1].expand(2, -1, -1), t / 2, context))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"width": 18}, {"depth": 0}, {"heads": 0}, {"num_classes": -1}]
+)
+def test_bad_sizes(arguments):
+    with pytest.raises(ValueError, match="width|num_classes"):
+        Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
