@@ -16,6 +16,9 @@ __all__ = ["SampleGrid"]
 class SampleGrid(Callback):
     """Draws a row of samples for each `num_groups` at every validation, from the same noise.
 
+    With averaged weights, put it before the callback that averages: that one puts them in place
+    when the validation begins and takes them out when it ends, callback after callback.
+
     Args:
         folder: where `step-000000.png` goes.
         num_groups: the group counts to show.
@@ -32,7 +35,7 @@ class SampleGrid(Callback):
         self.steps = steps
         self.count = count
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LitDecoder)

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     command, *overrides = argv
     if command not in COMMANDS:
         _fail(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
-    warnings.showwarning = _plain_warning
+    warnings.showwarning = _plain_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there

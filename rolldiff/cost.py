@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rolldiff.denoiser import Backbone
+
 __all__ = ["Cost", "Meter", "metered"]
 
 
@@ -50,8 +52,10 @@ class Meter:
 
 
 @contextmanager
-def metered(backbone: nn.Module) -> Iterator[Meter]:
+def metered(backbone: Backbone) -> Iterator[Meter]:
     """Count the backbone's calls inside the block."""
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
     meter = Meter()
     handle = backbone.register_forward_hook(meter.count)
     try:

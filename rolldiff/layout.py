@@ -7,7 +7,7 @@ decoded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -70,31 +70,37 @@ class Patches:
     patch: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        else:
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
+        size = self.image_size
+        # One spelling only, so that equal layouts compare equal.
+        object.__setattr__(
+            self, "image_size", (size, size) if isinstance(size, int) else tuple(size)
+        )
+        if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(
                 f"image_size must be one or two sizes of 1 or more, got {self.image_size}"
             )
         if self.channels < 1:
             raise ValueError(f"channels must be 1 or more, got {self.channels}")
-        if self.patch < 1 or any(side % self.patch for side in self.image_size):
+        if self.patch < 1 or any(side % self.patch for side in self.size):
             raise ValueError(
                 f"patch must divide image_size, got patch {self.patch} and image_size "
                 f"{self.image_size}"
             )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return cast(tuple[int, int], self.image_size)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        height, width = self.image_size
+        height, width = self.size
         return height // self.patch, width // self.patch
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, *self.image_size
+        return self.channels, *self.size
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from rolldiff.decoder import Decoder
 from rolldiff.metrics import FrechetDistance
@@ -82,7 +83,7 @@ def distances(
     Every `num_groups` decodes the same noise with the same labels.
     """
     found = {}
-    for groups in num_groups:
+    for groups in tqdm(num_groups, desc="measuring", unit="setting"):
         metric = FrechetDistance(image[0].numel())
         metric.update(image.flatten(1), real=True)
         for first in range(0, len(image), BATCH):

@@ -1,5 +1,6 @@
 """A training run: from a configuration to a folder of weights, pictures and numbers."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -85,4 +86,6 @@ def train(cfg: DictConfig) -> Summary:
         torch=torch.__version__,
     )
     summary.write(folder / "summary.json")
+    if wandb := sys.modules.get("wandb"):  # the next job of a sweep is a run of its own
+        wandb.finish()
     return summary

@@ -10,9 +10,9 @@ import rolldiff
 ROOMS = [
     ["noise", "layout", "config", "streams"],
     ["grouping", "schedule", "conditioning", "hub"],
-    ["times", "prediction", "cost"],
+    ["times", "prediction"],
     ["nn", "denoiser", "step", "training"],
-    ["sampler"],
+    ["sampler", "cost"],
     ["decoding"],
     ["decoder"],
     ["lit", "metrics", "pictures", "data"],

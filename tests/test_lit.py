@@ -4,8 +4,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from omegaconf import OmegaConf
 
 from rolldiff import Decoder
+from rolldiff.callbacks import SampleGrid
+from rolldiff.cli import config_dir
 from rolldiff.data.digits import Digits
 from rolldiff.lit import LitDecoder, load
 
@@ -93,3 +96,32 @@ def test_foreign_checkpoints(tmp_path):
 def test_bad_settings(decoder, arguments):
     with pytest.raises(ValueError, match="decay|warmup_steps"):
         LitDecoder(decoder, **arguments)
+
+
+def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
+    class Watch(SampleGrid):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            seen.append(pl_module.decoder.backbone.head.weight.clone())
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    seen = []
+    watch = Watch(str(tmp_path), num_groups=(1,), steps=1, count=2)
+    average = EMAWeightAveraging(decay=0.5)
+    trainer = L.Trainer(
+        **QUIET,
+        max_steps=3,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[watch, average],
+    )
+    lit = LitDecoder(decoder, warmup_steps=0)
+    trainer.fit(lit, Digits(batch_size=8, max_steps=3))
+    # The trainer ends with the average in place.
+    assert torch.equal(seen[0], lit.decoder.backbone.head.weight)
+    assert (tmp_path / "step-000003.png").stat().st_size
+
+
+def test_the_default_callbacks_draw_before_the_average_steps_back():
+    names = list(OmegaConf.load(config_dir() / "callbacks/default.yaml"))
+    assert names.index("samples") < names.index("ema")

@@ -54,6 +54,8 @@ class Transformer(nn.Module):
         ValueError: if a size is below 1 or `width` is not a multiple of `4 heads`.
     """
 
+    rotary: Tensor
+
     def __init__(
         self,
         layout: Layout,
@@ -74,6 +76,7 @@ class Transformer(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         self.causal = causal
+        self.heads = heads
         self.config = {
             "layout": layout,
             "width": width,
@@ -119,8 +122,8 @@ class Transformer(nn.Module):
         elif self.causal:
             context.bias = _bias(group, group)[:, None]
         if batch is not None and self.causal:
-            heads, size = self.config["heads"], self.config["width"] // self.config["heads"]
-            shape = (len(self.blocks), batch, heads, group.shape[-1], size)
+            size = self.place.shape[1] // self.heads
+            shape = (len(self.blocks), batch, self.heads, group.shape[-1], size)
             context.keys = torch.empty(shape, device=order.device, dtype=dtype)
             context.values = torch.empty_like(context.keys)
             context.cached = 0
@@ -161,6 +164,8 @@ class Transformer(nn.Module):
 
 class _Time(nn.Module):
     """Fourier features of the local time, and a small network on them."""
+
+    frequency: Tensor
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()

@@ -1,0 +1,102 @@
+"""Every snippet and command of the README runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import TINY, rolldiff
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BASH for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python(code, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_commands_are_known():
+    """What is printed as a command is run here, below, or by the gate."""
+    kinds = ("pip install -c constraints", "rolldiff decode ckpt=RUN ", "rolldiff train -m ")
+    assert COMMANDS
+    for command in COMMANDS:
+        assert command.startswith(kinds) or command == ".ci/run", command
+
+
+def test_decode_commands(tmp_path):
+    assert rolldiff("train", *TINY, "run_dir=RUN", cwd=tmp_path).returncode == 0
+    for command in COMMANDS:
+        if command.startswith("rolldiff decode"):
+            done = rolldiff(*command.split()[1:], cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / re.search(r"out=(\S+)", command)[1]).stat().st_size
+
+
+@pytest.mark.slow
+def test_sweep_command(tmp_path):
+    (command,) = (c for c in COMMANDS if c.startswith("rolldiff train -m"))
+    quick = [a for a in command.split()[1:] if not a.startswith("max_steps")]
+    done = rolldiff(*quick, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("runs/*-sweep/*/summary.json"))) == 2
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A clean copy of what git tracks, and a new environment."""
+    folder = tmp_path_factory.mktemp("fresh")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, files.stdout.split("\0")):
+        target = folder / "checkout" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    return folder
+
+
+def shell(command, folder, cwd):
+    environment = os.environ | {"PATH": f"{folder / 'venv/bin'}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.run(
+        command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_the_first_command_as_printed(checkout):
+    """A fresh copy, a new environment, the whole default training."""
+    done = shell(COMMANDS[0], checkout, checkout / "checkout")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (checkout / "checkout/runs").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"last.ckpt", "samples.png", "stream.gif", "summary.json"}
+    found = dict(re.findall(r"^ +(\d+) +([\d.]+)$", done.stdout, re.MULTILINE))
+    # Twice what two idle cores reach: this machine may be busy.
+    assert all(float(found[g]) < 0.8 for g in ("1", "2", "4", "8")), done.stdout
+    assert float(found["16"]) < 1.2
+
+
+@pytest.mark.slow
+def test_the_wheel_contains_the_configuration(checkout):
+    source = checkout / "checkout"
+    done = shell("pip install -q build && python -m build --wheel -o ../dist", checkout, source)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    listing = shell(f"python -m zipfile -l {wheel}", checkout, checkout).stdout
+    assert "rolldiff/conf/experiment/digits.yaml" in listing
+    install = f"pip install -q -c {source}/constraints.txt '{wheel}[train]'"
+    done = shell(f"{install} && rolldiff train --cfg job", checkout, checkout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rolldiff.Decoder" in done.stdout
