@@ -2,10 +2,11 @@
 
 What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by
 itself (a loss that is not finite) in one line and status 1. Anything else is a defect and shows
-its traceback.
+its traceback, as everything does where HYDRA_FULL_ERROR is set.
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ def config_dir() -> Path:
 
 
 def _fail(words: object, status: int = 2) -> NoReturn:
+    if "HYDRA_FULL_ERROR" in os.environ and isinstance(words, BaseException):
+        raise words
     line = " ".join(str(words).split())
     print(f"rolldiff: {line}", file=sys.stderr)
     raise SystemExit(status)
@@ -62,17 +65,19 @@ def _train(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     summary = train(cfg)
-    groups = sorted(summary.fd_pixels, key=summary.fd_pixels.__getitem__)
+    several = [groups for groups in summary.fd_pixels if groups != "1"] or ["1"]
+    best = min(several, key=summary.fd_pixels.__getitem__)
     print(f"\n{summary.table()}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen. Everything is in {folder}")
     print("Next:")
     print(
-        f"  rolldiff decode ckpt={folder} num_groups={groups[0]} overlap=0.5 steps=16 "
+        f"  rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
         "num_images=64 out=images.png"
     )
 
 
 def _decode(cfg: DictConfig) -> None:
+    import torch
     from hydra.utils import instantiate
 
     from rolldiff.lit import load
@@ -85,7 +90,7 @@ def _decode(cfg: DictConfig) -> None:
         raise ValueError(f"out must end in .png or .gif, got {out}")
     if not out.parent.is_dir():
         raise ValueError(f"out must be in a folder that exists, got {out}")
-    decoder = load(cfg.ckpt)
+    decoder = load(cfg.ckpt).to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classes = decoder.condition.num_classes
     cond = cfg.label
     if OmegaConf.is_list(cond):

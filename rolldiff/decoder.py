@@ -4,7 +4,6 @@ The front door. It joins a layout, a noise schedule, a backbone and what trainin
 users hand in, and leaves the work to the rooms below.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from rolldiff.conditioning import ClassLabels
 from rolldiff.cost import metered
-from rolldiff.decoding import Decoded, Decoding, Frame, begin
+from rolldiff.decoding import Decoded, Frame, begin
 from rolldiff.denoiser import Backbone
 from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.hub import Pretrained
 from rolldiff.layout import Layout, Patches, check_image
 from rolldiff.nn import Transformer
 from rolldiff.noise import NoiseSchedule, Rectified
-from rolldiff.prediction import Prediction, coefficients, weight
+from rolldiff.prediction import Prediction, coefficients, squared_error
 from rolldiff.step import Euler, Step
 from rolldiff.training import Training
 
@@ -39,10 +38,6 @@ class Decoder(Pretrained):
         condition: what the decoder is conditioned on.
         training: what training draws; decoding outside of it warns.
     """
-
-    # Below this distance from 0 and 1 the weight of the loss stays as it is: the ratio of two
-    # determinants has a pole at an end (JiT, Li and He 2025, clips at the same value).
-    EDGE = 0.05
 
     def __init__(
         self,
@@ -92,11 +87,28 @@ class Decoder(Pretrained):
         heads: int | None = None,
         num_classes: int = 0,
         causal: bool = True,
+        noise: NoiseSchedule = Rectified(),
+        prediction: Prediction = "x",
         training: Training = Training(),
     ) -> "Decoder":
-        """A decoder with patches, a transformer and straight paths, the usual choices.
+        """A decoder of patches, with a transformer: the usual choices.
 
-        `heads` are of 32 channels where none are given.
+        Args:
+            image_size: height and width in pixels, or one number for a square image.
+            channels: channels of the image.
+            patch: side of a patch in pixels; a token is a patch, so N = H W / patch^2.
+            width: channels of the transformer.
+            depth: its blocks.
+            heads: its attention heads; by default heads of 32 channels.
+            num_classes: class labels; 0 for none.
+            causal: False for bidirectional attention, which has no exact cache.
+            noise: the noise schedule.
+            prediction: what the network predicts; `velocity` learns faster where a token holds
+                few numbers, `x` is for large patches (Li and He 2025).
+            training: what training draws.
+
+        Raises:
+            ValueError: if the sizes do not fit together.
         """
         layout = Patches(image_size, channels=channels, patch=patch)
         backbone = Transformer(
@@ -107,7 +119,14 @@ class Decoder(Pretrained):
             num_classes=num_classes,
             causal=causal,
         )
-        return cls(layout, backbone, condition=ClassLabels(num_classes), training=training)
+        return cls(
+            layout,
+            backbone,
+            noise=noise,
+            prediction=prediction,
+            condition=ClassLabels(num_classes),
+            training=training,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -133,22 +152,21 @@ class Decoder(Pretrained):
         Raises:
             ValueError: if an argument has the wrong shape, type or range.
         """
-        x = self.layout.tokens(check_image(image, self.layout))
+        x = self.layout.tokens(check_image(image, self.layout)).to(self.state_dtype)
         batch = len(x)
         label = self.condition.check(cond, batch, x.device)
         label = self.condition.drop(label, self.trained_for.drop_cond, generator)
         drawn = self.trained_for.draw(batch, self.layout.coords, generator)
-        order, group, t = (part.to(x.device) for part in drawn)
+        order, group = drawn.order.to(x.device), drawn.group.to(x.device)
+        t = drawn.t.to(x)
         x = x.gather(1, order[..., None].expand_as(x))
         eps = torch.randn(x.shape, generator=generator).to(x)
         x_t = self.noise.perturb(x, eps, t)
-        a, b = (c[..., None] for c in coefficients(self.prediction, self.noise, t))
         y = self.backbone(x_t, t, self.backbone.prepare(order, group, label))
-        error = (y.float() - (a * x + b * eps)).square().mean(-1)
-        edge = t.clamp(self.EDGE, 1 - self.EDGE)
-        scale = weight(self.prediction, self.loss_space, self.noise, edge)
-        moves = (t > 0) & (t < 1)
-        return (scale * error).where(moves, 0.0).sum() / moves.sum().clamp(min=1)
+        y = y.to(x.dtype)
+        return squared_error(
+            y, x, eps, t, prediction=self.prediction, loss=self.loss_space, noise=self.noise
+        )
 
     def decode(
         self,
@@ -198,10 +216,7 @@ class Decoder(Pretrained):
                 first,
                 cache,
             )
-            state = deque(run.states(), maxlen=1).pop()
-            image = run.image(state.x_t)
-            cost = meter.cost(cached=run.context.cached is not None)
-        return Decoded(image, cost, run.schedule.rounded(steps))
+            return run.decoded(meter)
 
     def stream(
         self,
@@ -246,25 +261,7 @@ class Decoder(Pretrained):
             first,
             cache,
         )
-        rows = run.schedule.num_steps(steps)
-        if frames is None:
-            frames = rows
-        if not isinstance(frames, int) or not 1 <= frames <= rows:
-            raise ValueError(
-                f"frames must be in 1 … {rows} (the steps of this decode), got {frames!r}"
-            )
-        shown = {-(-i * rows // frames) for i in range(1, frames + 1)}
-        return self._frames(run, shown, preview)
-
-    @torch.no_grad()
-    def _frames(self, run: Decoding, shown: set[int], preview: bool) -> Iterator[Frame]:
-        rows = max(shown)
-        with metered(self.backbone) as meter:
-            for state in run.states():
-                if state.row in shown:
-                    image = run.preview(state, waiting=preview)
-                    tau = 1 - state.row / rows
-                    yield Frame(image, run.finished(state), tau, meter.nfe)
+        return run.frames(frames, preview=preview)
 
     @property
     def state_dtype(self) -> torch.dtype:

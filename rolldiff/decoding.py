@@ -6,6 +6,7 @@ float32 (float64 if the weights are), whatever the network runs in.
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rolldiff.conditioning import ClassLabels
-from rolldiff.cost import Cost
+from rolldiff.cost import Cost, Meter, metered
 from rolldiff.denoiser import Backbone, Context, Denoiser, Guided
 from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.layout import Layout
@@ -135,6 +136,36 @@ class Decoding:
             # As if nothing had been asked: the decode goes on with the same calls, bit by bit.
             self.context.cached = cached
         return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
+
+    def decoded(self, meter: Meter) -> Decoded:
+        """Run to the end."""
+        state = deque(self.states(), maxlen=1).pop()
+        image = self.image(state.x_t)
+        cost = meter.cost(cached=self.context.cached is not None)
+        return Decoded(image, cost, self.schedule.rounded(self.steps))
+
+    def frames(self, count: int | None, *, preview: bool) -> Iterator[Frame]:
+        """Run, and show `count` evenly spaced rows, the last one among them; None shows all.
+
+        Raises:
+            ValueError: at once, if there are not as many rows.
+        """
+        rows = self.schedule.num_steps(self.steps)
+        count = rows if count is None else count
+        if not isinstance(count, int) or not 1 <= count <= rows:
+            raise ValueError(
+                f"frames must be in 1 … {rows} (the steps of this decode), got {count!r}"
+            )
+        shown = {-(-i * rows // count) for i in range(1, count + 1)}
+        return self._frames(rows, shown, preview)
+
+    @torch.no_grad()
+    def _frames(self, rows: int, shown: set[int], preview: bool) -> Iterator[Frame]:
+        with metered(self.denoiser.backbone) as meter:
+            for state in self.states():
+                if state.row in shown:
+                    image = self.preview(state, waiting=preview)
+                    yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
         return self.denoiser(x_t, t, self.context, span)

@@ -24,7 +24,7 @@ def _pixels(image: Float[Tensor, "B C H W"]) -> np.ndarray:
 def sheet(
     image: Float[Tensor, "B C H W"], *, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Images in a grid, each enlarged a whole number of times and set apart by a thin line.
+    """Images in a grid, each enlarged a whole number of times and set apart by a thin border.
 
     Args:
         image: values in [-1, 1]; one channel or three.
@@ -35,7 +35,7 @@ def sheet(
     columns = columns or max(1, round(count**0.5))
     scale = scale or max(1, 48 // height)
     tiles = _pixels(image).repeat(scale, 1).repeat(scale, 2)
-    tiles = np.pad(tiles, ((0, -count % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    tiles = np.pad(tiles, ((0, -count % columns), (2, 2), (2, 2), (0, 0)), constant_values=255)
     return Image.fromarray(rearrange(tiles, "(r c) h w k -> (r h) (c w) k", c=columns))
 
 

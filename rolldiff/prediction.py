@@ -19,7 +19,11 @@ from torch import Tensor
 
 from rolldiff.noise import NoiseSchedule
 
-__all__ = ["Estimate", "Prediction", "coefficients", "solve", "weight"]
+__all__ = ["Estimate", "Prediction", "coefficients", "solve", "squared_error", "weight"]
+
+# Closer than this to 0 and 1 the weight of the loss stays as it is: the ratio of two determinants
+# may have a pole at an end (Li and He 2025 clip at the same value).
+EDGE = 0.05
 
 Prediction = Literal["x", "eps", "v", "velocity"]
 
@@ -84,3 +88,24 @@ def weight(
 ) -> Float[Tensor, "*T"]:
     """`(det_loss / det_prediction)^2`, the weight of a squared error of the prediction."""
     return (_determinant(loss, noise, t) / _determinant(prediction, noise, t)) ** 2
+
+
+def squared_error(
+    y: Float[Tensor, "B N D"],
+    x: Float[Tensor, "B N D"],
+    eps: Float[Tensor, "B N D"],
+    t: Float[Tensor, "B N"],
+    *,
+    prediction: Prediction,
+    loss: Prediction,
+    noise: NoiseSchedule,
+) -> Float[Tensor, ""]:
+    """The mean squared error of a prediction in the space of the loss, over the tokens that move.
+
+    Clean tokens (t = 0) and waiting ones (t = 1) are context and count for nothing.
+    """
+    a, b = (c[..., None] for c in coefficients(prediction, noise, t))
+    error = (y - (a * x + b * eps)).square().mean(-1)
+    scale = weight(prediction, loss, noise, t.clamp(EDGE, 1 - EDGE))
+    moves = (t > 0) & (t < 1)
+    return (scale * error).where(moves, 0.0).sum() / moves.sum().clamp(min=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -158,3 +159,15 @@ def test_help_and_version(tmp_path):
     assert "usage: rolldiff COMMAND" in rolldiff(cwd=tmp_path).stdout
     assert rolldiff("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
     assert "ckpt" in rolldiff("decode", "--help", cwd=tmp_path).stdout
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    poison = ["optimizer.lr=1e30", "callbacks.checkpoint.every_n_train_steps=1", "max_steps=20"]
+    done = rolldiff("train", *TINY, *poison, "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("rolldiff: the loss"))
+    assert re.search(r"the loss is \S+ at step \d+; the last checkpoint is kept", line)
+    (kept,) = (tmp_path / "run/checkpoints").glob("*.ckpt")
+    assert rolldiff("decode", f"ckpt={kept}", "steps=1", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "run/summary.json").exists()

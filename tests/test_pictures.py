@@ -8,16 +8,16 @@ from rolldiff.pictures import film, rows, sheet
 def test_sheet_shows_every_pixel():
     image = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2)
     page = sheet(image, columns=1, scale=1)
-    assert page.size == (4, 4)
-    shown = [page.getpixel((x, y))[0] for y in (1, 2) for x in (1, 2)]
+    assert page.size == (6, 6)
+    shown = [page.getpixel((x, y))[0] for y in (2, 3) for x in (2, 3)]
     assert shown == [0, 128, 255, 255]
 
 
 def test_sheet_fills_the_last_row_with_paper():
     page = sheet(-torch.ones(5, 3, 4, 4), columns=3, scale=2)
-    assert page.size == (3 * 10, 2 * 10)
-    assert page.getpixel((25, 15)) == (255, 255, 255)
-    assert page.getpixel((5, 5)) == (0, 0, 0)
+    assert page.size == (3 * 12, 2 * 12)
+    assert page.getpixel((30, 18)) == (255, 255, 255)
+    assert page.getpixel((6, 6)) == (0, 0, 0)
 
 
 def test_rows_have_labels():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolldiff import Cosine, Rectified
-from rolldiff.prediction import coefficients, solve, weight
+from rolldiff.prediction import coefficients, solve, squared_error, weight
 
 KINDS = ["x", "eps", "v", "velocity"]
 NOISES = [Rectified(), Rectified(3.0), Cosine(), Cosine(0.5)]
@@ -50,3 +50,21 @@ def test_pure_noise_has_a_finite_estimate(kind):
 def test_bad_prediction():
     with pytest.raises(ValueError, match="prediction must be one of x, eps, v, velocity"):
         coefficients("z", Rectified(), torch.ones(1))
+
+
+def test_squared_error_is_a_mean_over_moving_tokens():
+    t = torch.tensor([[0.0, 0.5, 1.0, 0.25]])
+    x, eps, y = torch.randn(3, 1, 4, 2)
+    ask = {"prediction": "velocity", "loss": "velocity", "noise": Rectified()}
+    error = (y - (eps - x)).square().mean(-1)[0]
+    found = squared_error(y, x, eps, t, **ask)
+    torch.testing.assert_close(found, (error[1] + error[3]) / 2)
+    assert squared_error(y, x, eps, t.round(), **ask) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_finite_up_to_the_ends(kind):
+    t = torch.tensor([[1e-6, 1 - 1e-6]])
+    x, eps, y = torch.randn(3, 1, 2, 2)
+    ask = {"prediction": kind, "loss": "velocity", "noise": Rectified()}
+    assert squared_error(y, x, eps, t, **ask) < 1e4
