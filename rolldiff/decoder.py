@@ -14,7 +14,7 @@ from rolldiff.conditioning import ClassLabels
 from rolldiff.cost import metered
 from rolldiff.decoding import Decoded, Frame, begin
 from rolldiff.denoiser import Backbone
-from rolldiff.grouping import Grouping, Order, decode_order
+from rolldiff.grouping import Order
 from rolldiff.hub import Pretrained
 from rolldiff.layout import Layout, Patches, check_image
 from rolldiff.nn import Transformer
@@ -39,6 +39,9 @@ class Decoder(Pretrained):
         training: what training draws; decoding outside of it warns.
     """
 
+    orders: Tensor
+    groups: Tensor
+
     def __init__(
         self,
         layout: Layout,
@@ -54,10 +57,9 @@ class Decoder(Pretrained):
         # Refuse what could only fail later.
         coefficients(prediction, noise, torch.ones(1))
         coefficients(loss_space, noise, torch.ones(1))
-        for num_groups in training.num_groups:
-            Grouping(layout.num_tokens, num_groups)
-        for order in training.orders:
-            decode_order(order, layout.coords)
+        orders, groups = training.tables(layout.coords)
+        self.register_buffer("orders", orders, persistent=False)
+        self.register_buffer("groups", groups, persistent=False)
         self.config = {
             "layout": layout,
             "backbone": backbone,
@@ -144,7 +146,7 @@ class Decoder(Pretrained):
         Args:
             image: `[B, C, H, W]`, floating point, in [-1, 1].
             cond: class labels, `[B]`, or None.
-            generator: for all that is drawn, on the CPU.
+            generator: a CPU generator for all that is drawn; None takes torch's own.
 
         Returns:
             A scalar to call `backward` on.
@@ -156,11 +158,16 @@ class Decoder(Pretrained):
         batch = len(x)
         label = self.condition.check(cond, batch, x.device)
         label = self.condition.drop(label, self.trained_for.drop_cond, generator)
-        drawn = self.trained_for.draw(batch, self.layout.coords, generator)
-        order, group = drawn.order.to(x.device), drawn.group.to(x.device)
-        t = drawn.t.to(x)
+        drawn = self.trained_for.draw(batch, generator)
+        order = self.orders[drawn.order.to(x.device)]
+        group = self.groups[drawn.num_groups.to(x.device)]
+        t = drawn.t.to(x).gather(1, group)
         x = x.gather(1, order[..., None].expand_as(x))
-        eps = torch.randn(x.shape, generator=generator).to(x)
+        eps = (
+            torch.randn_like(x)
+            if generator is None
+            else torch.randn(x.shape, generator=generator).to(x)
+        )
         x_t = self.noise.perturb(x, eps, t)
         y = self.backbone(x_t, t, self.backbone.prepare(order, group, label))
         y = y.to(x.dtype)

@@ -17,11 +17,11 @@ MIXTURE = Mixture((Independent(), CleanContext(), Shared(), OnSchedule()), (0.3,
 
 
 class Drawn(NamedTuple):
-    """Decode order, groups and local times of a batch, the last two in decode order."""
+    """The settings of a batch: rows of the tables of `Training.tables`, and a time per group."""
 
-    order: Int[Tensor, "B N"]
-    group: Int[Tensor, "B N"]
-    t: Float[Tensor, "B N"]
+    order: Int[Tensor, " B"]
+    num_groups: Int[Tensor, " B"]
+    t: Float[Tensor, "B G"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,24 @@ class Training:
         if not 0 <= self.drop_cond <= 1:
             raise ValueError(f"drop_cond must be in [0, 1], got {self.drop_cond}")
 
-    def draw(
-        self, batch: int, coords: Float[Tensor, "N 3"], generator: torch.Generator | None = None
-    ) -> Drawn:
+    def tables(
+        self, coords: Float[Tensor, "N 3"]
+    ) -> tuple[Int[Tensor, "orders N"], Int[Tensor, "counts N"]]:
+        """Every decode order, and for every group count the group of each token in decode order.
+
+        Raises:
+            ValueError: if an order or a group count does not fit the tokens.
+        """
+        orders = [decode_order(order, coords) for order in self.orders]
+        groups = [Grouping(len(coords), num_groups).group for num_groups in self.num_groups]
+        return torch.stack(orders), torch.stack(groups)
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> Drawn:
         """Draw the settings of `batch` examples, on the CPU."""
-        orders = torch.stack([decode_order(order, coords) for order in self.orders])
-        groups = torch.stack([Grouping(len(coords), g).group for g in self.num_groups])
-        which = torch.randint(len(groups), (batch,), generator=generator)
-        order = orders[torch.randint(len(orders), (batch,), generator=generator)]
+        which = torch.randint(len(self.num_groups), (batch,), generator=generator)
+        order = torch.randint(len(self.orders), (batch,), generator=generator)
         num_groups = torch.tensor(self.num_groups)[which]
-        t = self.times(num_groups, max(self.num_groups), generator)
-        return Drawn(order, groups[which], t.gather(1, groups[which]))
+        return Drawn(order, which, self.times(num_groups, max(self.num_groups), generator))
 
     def beyond(self, num_groups: int, overlap: float, order: Order) -> list[str]:
         """The settings of a decode that training never showed, in words."""
