@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rolldiff.denoiser import Backbone
+from rolldiff.denoiser import Backbone, Context
 from rolldiff.grouping import Grouping
 from rolldiff.schedule import RollingSchedule
 
@@ -43,15 +43,22 @@ class Cost:
 
 
 class Meter:
-    """Counts calls and tokens as they happen."""
+    """Counts calls and tokens as they happen.
 
-    def __init__(self) -> None:
+    Args:
+        context: count only the calls that this context is handed to; None counts all.
+    """
+
+    def __init__(self, context: Context | None = None) -> None:
+        self.context = context
         self.nfe = 0
         self.tokens = 0
         self._start = time.perf_counter()
 
     def count(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A forward hook: the output's batch over the input's is the number of branches."""
+        if self.context is not None and self.context is not inputs[2]:
+            return
         self.nfe += 1
         self.tokens += output.shape[1] * output.shape[0] // inputs[0].shape[0]
 
@@ -106,11 +113,11 @@ def predict(
 
 
 @contextmanager
-def metered(backbone: Backbone) -> Iterator[Meter]:
-    """Count the backbone's calls inside the block."""
+def metered(backbone: Backbone, context: Context | None = None) -> Iterator[Meter]:
+    """Count the backbone's calls inside the block, all of them or those with a context."""
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
-    meter = Meter()
+    meter = Meter(context)
     handle = backbone.register_forward_hook(meter.count)
     try:
         yield meter

@@ -161,7 +161,7 @@ class Decoding:
 
     @torch.no_grad()
     def _frames(self, rows: int, shown: set[int], preview: bool) -> Iterator[Frame]:
-        with metered(self.denoiser.backbone) as meter:
+        with metered(self.denoiser.backbone, self.context) as meter:
             for state in self.states():
                 if state.row in shown:
                     image = self.preview(state, waiting=preview)

@@ -48,3 +48,9 @@ def test_the_hook_is_taken_away_again(make):
 def test_only_a_module_can_be_counted():
     with pytest.raises(Exception, match="backbone"), metered(print):
         pass
+
+
+def test_two_streams_at_once_count_their_own_calls(make):
+    decoder = make()
+    streams = [decoder.stream(num_groups=2, steps=2, seed=s, preview=False) for s in (0, 1)]
+    assert [[a.nfe, b.nfe] for a, b in zip(*streams, strict=True)] == [[n, n] for n in range(1, 5)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oracles import FiniteData, Gaussian, decoded_covariance, natural_covariance, run
-from rolldiff import Ancestral, Cosine, Euler, Heun, Multistep, Rectified, RollingSchedule
+from rolldiff import Ancestral, Cosine, Euler, Grouping, Heun, Multistep, Rectified, RollingSchedule
 
 NOISES = [Rectified(), Rectified(2.0), Cosine()]
 STEPS = [Euler(), Heun(), Multistep(), Ancestral(0.5), Ancestral(1.0)]
@@ -40,6 +40,18 @@ def test_groups_one_after_another_equal_one_group_at_the_same_steps_each():
     joint = error(Rectified(), Euler(), RollingSchedule(1), 32)
     for num_groups in (3, 9):
         assert error(Rectified(), Euler(), RollingSchedule(num_groups), 32) < 1.2 * joint
+
+
+@pytest.mark.parametrize("num_groups", [3, 9])
+def test_a_decode_is_the_chain_rule_over_groups(num_groups):
+    """A group answers to its own noise and that of earlier groups; with all tokens, exactly."""
+    x_1 = torch.eye(9, dtype=torch.float64)[..., None]
+    oracle = Gaussian(COVARIANCE, Rectified())
+    made = run(oracle, x_1, Rectified(), Euler(), RollingSchedule(num_groups), 400).x_t[..., 0].T
+    group = Grouping(9, num_groups).group
+    assert (made[group[:, None] < group[None]] == 0).all()
+    if num_groups == 9:  # x_i = E[x_i | x_<i] + its own deviation times its noise: Cholesky
+        torch.testing.assert_close(made, torch.linalg.cholesky(COVARIANCE), rtol=0, atol=0.01)
 
 
 def test_ancestral_at_eta_0_is_euler():
