@@ -134,12 +134,12 @@ def pictures(
         decoded = decoder.decode(cond, num_images=count, num_groups=groups, steps=steps, seed=seed)
         page[f"num_groups {groups}"] = decoded.image
     rows(page).save(folder / "samples.png")
-    most = max(g for g in num_groups if g <= 8)
+    several = min(num_groups, key=lambda groups: abs(groups - 8))  # enough to see them move
     frames = decoder.stream(
         cond,
         num_images=count,
-        num_groups=most,
-        overlap=0.5 if most > 1 else 1.0,
+        num_groups=several,
+        overlap=0.5 if several > 1 else 1.0,
         steps=steps,
         seed=seed,
     )

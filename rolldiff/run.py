@@ -11,8 +11,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
+from rolldiff.grouping import Grouping
 from rolldiff.lit import LitDecoder
 from rolldiff.report import Summary, device_name, distances, floor, pictures
+from rolldiff.schedule import RollingSchedule
 
 __all__ = ["build", "train"]
 
@@ -41,8 +43,14 @@ def build(cfg: DictConfig, **others: Any) -> tuple[LitDecoder, Any, L.Trainer]:
 
     Raises:
         hydra.errors.InstantiationException: if the configuration does not fit together.
+        ValueError: if the report asks for what the decoder cannot do.
     """
-    return _make(cfg.lit), _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
+    lit = _make(cfg.lit)
+    # What is asked for when training is over must not fail only then.
+    for num_groups in cfg.report.num_groups:
+        Grouping(lit.decoder.layout.num_tokens, num_groups)
+    RollingSchedule(1).stagger(cfg.report.steps)
+    return lit, _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
 
 
 def train(cfg: DictConfig) -> Summary:

@@ -114,6 +114,8 @@ def refused(status, stderr, words):
         (["train", "speed=9"], "speed"),
         (["train", "layout.patch=3"], "patch must divide image_size"),
         (["train", "training.num_groups=[17]"], "num_groups must be a whole number in 1 … 16"),
+        (["train", "report.num_groups=[17]"], "num_groups must be a whole number in 1 … 16"),
+        (["train", "report.steps=0"], "steps must be a whole number"),
         (["train", "nn.width=17"], "width must be a multiple"),
         (["train", "batch_size=0"], "batch_size"),
         (["train", "max_steps=["], "no viable alternative"),

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+from rolldiff.report import pictures
+
+
+@pytest.mark.parametrize("num_groups", [[1], [16], [2, 16]])
+def test_pictures_of_any_group_counts(make, num_groups, tmp_path):
+    image, label = torch.zeros(40, 1, 8, 8), torch.arange(40) % 10
+    pictures(make(), image, tmp_path, label=label, num_groups=num_groups, steps=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "stream.gif"}
