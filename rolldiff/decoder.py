@@ -169,7 +169,8 @@ class Decoder(Pretrained):
             else torch.randn(x.shape, generator=generator).to(x)
         )
         x_t = self.noise.perturb(x, eps, t)
-        y = self.backbone(x_t, t, self.backbone.prepare(order, group, label))
+        context = self.backbone.prepare(order, group, label)
+        y = self.backbone(x_t, self.backbone.embed_time(t), context)
         y = y.to(x.dtype)
         return squared_error(
             y, x, eps, t, prediction=self.prediction, loss=self.loss_space, noise=self.noise

@@ -27,6 +27,7 @@ from rolldiff.sampler import State, sample
 from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Step
 from rolldiff.streams import Streams
+from rolldiff.timetable import Timetable
 from rolldiff.training import Training
 
 __all__ = ["Decoded", "Decoding", "Frame", "Model", "begin"]
@@ -104,13 +105,12 @@ class Decoding:
         """The sampler's states. A pixel starts from the same noise whatever the order."""
         num_tokens, dim = self.layout.num_tokens, self.layout.token_dim
         x_1 = self.streams.normal(num_tokens, dim).to(self.order.device, self.dtype)
+        timetable = self.denoiser.timetable(self.schedule, self.steps, num_tokens, like=x_1)
         return sample(
             self._denoise,
             x_1[:, self.order],
-            noise=self.denoiser.noise,
+            timetable=timetable,
             step=self.step,
-            schedule=self.schedule,
-            steps=self.steps,
             draw=lambda n: self.streams.normal(n, dim).to(x_1),
         )
 
@@ -132,7 +132,7 @@ class Decoding:
         x, done, num_tokens = state.x, state.finished, self.layout.num_tokens
         if waiting and state.started < num_tokens:
             x, cached = x.clone(), self.context.cached
-            x[:, done:] = self._denoise(state.x_t, state.t, (done, num_tokens)).x
+            x[:, done:] = self._denoise(state.x_t, state.timetable, (done, num_tokens)).x
             # As if nothing had been asked: the decode goes on with the same calls, bit by bit.
             self.context.cached = cached
         return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
@@ -167,8 +167,8 @@ class Decoding:
                     image = self.preview(state, waiting=preview)
                     yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
 
-    def _denoise(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
-        return self.denoiser(x_t, t, self.context, span)
+    def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
+        return self.denoiser(x_t, timetable, self.context, span)
 
 
 @torch.no_grad()

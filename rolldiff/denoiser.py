@@ -1,9 +1,10 @@
 """From a backbone to posterior means.
 
 A *backbone* is the raw network. `prepare` turns what does not change while the times move (places,
-groups, condition) into a context, once; a call then sees a span of tokens in decode order, each at
-its own time. A *denoiser* joins a backbone with a noise schedule and a prediction, and answers for
-a span of the state with an `Estimate` of data and noise.
+groups, condition) into a context, once, and `embed_time` a local time into what the network is told
+of it; a call then sees a span of tokens in decode order, each at its own time. A *denoiser* joins a
+backbone with a noise schedule and a prediction, and answers for a span of the state with an
+`Estimate` of data and noise.
 
 Waiting tokens are pure noise and independent of the data, so a causal backbone is never shown them.
 Finished tokens never change, so with a cache it is shown each of them once more, in the first call
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate, Prediction, solve
+from rolldiff.schedule import RollingSchedule
+from rolldiff.timetable import Timetable
 
 __all__ = ["Backbone", "Context", "Denoiser", "Guided"]
 
@@ -64,10 +67,21 @@ class Backbone(Protocol):
         """
         ...
 
+    def embed_time(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T E"]:
+        """What the network is told of a local time; a decode asks once for each of its times."""
+        ...
+
     def __call__(
-        self, x_t: Float[Tensor, "B n D"], t: Float[Tensor, "*B n"], context: Any, start: int = 0
+        self,
+        x_t: Float[Tensor, "B n D"],
+        time: Float[Tensor, "*B #n E"],
+        context: Any,
+        start: int = 0,
     ) -> Float[Tensor, "B2 n D"]:
-        """The prediction for the tokens `start … start + n - 1`, given those before them."""
+        """The prediction for the tokens `start … start + n - 1`, given those before them.
+
+        `time` holds the embedded time of each token, or one row if all of them have the same.
+        """
         ...
 
 
@@ -79,10 +93,24 @@ class Denoiser:
     noise: NoiseSchedule
     prediction: Prediction = "x"
 
+    def timetable(
+        self, schedule: RollingSchedule, steps: int, num_tokens: int, *, like: Tensor
+    ) -> Timetable:
+        """The local times of a decode; `like` is a tensor of the state's type on its device."""
+        return Timetable(
+            schedule,
+            steps,
+            num_tokens,
+            noise=self.noise,
+            prediction=self.prediction,
+            embed=self.backbone.embed_time,
+            like=like,
+        )
+
     def predict(
         self,
         x_t: Float[Tensor, "B N D"],
-        t: Float[Tensor, " N"],
+        timetable: Timetable,
         context: Context,
         span: tuple[int, int],
     ) -> Tensor:
@@ -90,7 +118,7 @@ class Denoiser:
         lo, hi = span
         start = context.cached or 0
         stop = hi if self.backbone.causal else x_t.shape[1]
-        y = self.backbone(x_t[:, start:stop], t[start:stop], context, start)
+        y = self.backbone(x_t[:, start:stop], timetable.time(start, stop), context, start)
         if context.cached is not None:
             context.cached = lo
         return y[:, lo - start : hi - start]
@@ -98,14 +126,14 @@ class Denoiser:
     def __call__(
         self,
         x_t: Float[Tensor, "B N D"],
-        t: Float[Tensor, " N"],
+        timetable: Timetable,
         context: Context,
         span: tuple[int, int],
     ) -> Estimate:
-        """The estimate for the tokens `lo … hi - 1`; those before `lo` are clean."""
-        y = self.predict(x_t, t, context, span).to(x_t.dtype)
+        """The estimate for the tokens `lo … hi - 1`: whole groups, all those before them clean."""
         lo, hi = span
-        return solve(y, x_t[:, lo:hi], t[lo:hi], prediction=self.prediction, noise=self.noise)
+        y = self.predict(x_t, timetable, context, span).to(x_t.dtype)
+        return solve(y, x_t[:, lo:hi], timetable.level(lo, hi).inverse)
 
 
 @dataclass(frozen=True)
@@ -121,9 +149,9 @@ class Guided(Denoiser):
     def predict(
         self,
         x_t: Float[Tensor, "B N D"],
-        t: Float[Tensor, " N"],
+        timetable: Timetable,
         context: Context,
         span: tuple[int, int],
     ) -> Tensor:
-        y, y_null = super().predict(x_t, t, context, span).chunk(2)
+        y, y_null = super().predict(x_t, timetable, context, span).chunk(2)
         return y + self.guidance * (y - y_null)

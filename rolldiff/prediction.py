@@ -14,12 +14,22 @@ prediction `z` it is `(det_z / det_y) dy`: the space of the loss is a weight and
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rolldiff.noise import NoiseSchedule
 
-__all__ = ["Estimate", "Prediction", "coefficients", "solve", "squared_error", "weight"]
+__all__ = [
+    "Estimate",
+    "Inverse",
+    "Prediction",
+    "coefficients",
+    "inverse",
+    "solve",
+    "squared_error",
+    "weight",
+]
 
 # Closer than this to 0 and 1 the weight of the loss stays as it is: the ratio of two determinants
 # may have a pole at an end (Li and He 2025 clip at the same value).
@@ -33,6 +43,15 @@ class Estimate(NamedTuple):
 
     x: Tensor
     eps: Tensor
+
+
+class Inverse(NamedTuple):
+    """`x = x_from_x_t x_t + x_from_y y`, and the same for `eps`."""
+
+    x_from_x_t: Tensor
+    x_from_y: Tensor
+    eps_from_x_t: Tensor
+    eps_from_y: Tensor
 
 
 def coefficients(
@@ -58,29 +77,33 @@ def _determinant(prediction: Prediction, noise: NoiseSchedule, t: Tensor) -> Ten
     return noise.alpha(t) * b - noise.sigma(t) * a
 
 
-def solve(
-    y: Float[Tensor, "B N D"],
-    x_t: Float[Tensor, "B N D"],
-    t: Float[Tensor, "*T N"],
-    *,
-    prediction: Prediction,
-    noise: NoiseSchedule,
-) -> Estimate:
-    """The estimate of data and noise behind a network's output.
+def inverse(prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]) -> Inverse:
+    """The inverse of the system above at the times `t`.
 
     At t = 0 the system says nothing about the noise: what comes out is not finite and the caller
     masks it. At t = 1 a prediction of the noise says nothing about the data: the estimate is 0, the
     middle of its range.
     """
-    t = t[..., None]
-    alpha, sigma = noise.alpha(t), noise.sigma(t)
-    if prediction == "x":
-        return Estimate(y, (x_t - alpha * y) / sigma)
-    if prediction == "eps":
-        return Estimate(((x_t - sigma * y) / alpha).where(alpha > 0, 0.0), y)
     a, b = coefficients(prediction, noise, t)
+    alpha, sigma = noise.alpha(t), noise.sigma(t)
     det = alpha * b - sigma * a
-    return Estimate((b * x_t - sigma * y) / det, (alpha * y - a * x_t) / det)
+    found = Inverse(b / det, -sigma / det, -a / det, alpha / det)
+    if prediction == "x":  # the data as they come, also where the determinant is 0
+        return found._replace(x_from_x_t=a - 1, x_from_y=a)
+    if prediction == "eps":
+        known = alpha > 0
+        return Inverse(
+            found.x_from_x_t.where(known, 0.0), found.x_from_y.where(known, 0.0), b - 1, b
+        )
+    return found
+
+
+def solve(y: Float[Tensor, "B N D"], x_t: Float[Tensor, "B N D"], by: Inverse) -> Estimate:
+    """The estimate of data and noise behind a network's output; `by` broadcasts with it."""
+    return Estimate(
+        torch.addcmul(by.x_from_x_t * x_t, by.x_from_y, y),
+        torch.addcmul(by.eps_from_x_t * x_t, by.eps_from_y, y),
+    )
 
 
 def weight(

@@ -12,15 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rolldiff.grouping import Grouping
-from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate
-from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Last, Step
+from rolldiff.timetable import Level, Timetable
 
 __all__ = ["State", "sample"]
 
-Denoise = Callable[[Tensor, Tensor, tuple[int, int]], Estimate]
+Denoise = Callable[[Tensor, Timetable, tuple[int, int]], Estimate]
 
 
 class State(NamedTuple):
@@ -29,7 +27,7 @@ class State(NamedTuple):
     Attributes:
         row: rows of the scheduling matrix done, 0 … R.
         x_t: `[B, N, D]`, every token at its own time.
-        t: `[N]`, those times.
+        timetable: those times.
         x: `[B, N, D]`, the last estimate `E[x | x_t]` of each token; 0, the mean of the data's
             range, for a token not yet estimated.
         finished: leading tokens that will not change any more.
@@ -38,7 +36,7 @@ class State(NamedTuple):
 
     row: int
     x_t: Tensor
-    t: Tensor
+    timetable: Timetable
     x: Tensor
     finished: int
     started: int
@@ -48,54 +46,54 @@ def sample(
     denoise: Denoise,
     x_1: Float[Tensor, "B N D"],
     *,
-    noise: NoiseSchedule,
+    timetable: Timetable,
     step: Step,
-    schedule: RollingSchedule,
-    steps: int,
     draw: Callable[[int], Tensor],
 ) -> Iterator[State]:
     """Decode noise, one state a row of the scheduling matrix, the initial one first.
 
     Args:
-        denoise: `(x_t [B, N, D], t [N], (lo, hi))` to the estimate of the tokens `lo … hi - 1`.
+        denoise: `(x_t [B, N, D], timetable, (lo, hi))` to the estimate of the tokens `lo … hi - 1`.
         x_1: unit noise in decode order.
-        noise: the noise schedule.
+        timetable: how far each group is; at the start, when none has moved.
         step: the solver step.
-        schedule: when each group moves.
-        steps: solver steps a group, 1 or more.
         draw: `n` to fresh unit noise `[B, n, D]`, for steps that add noise.
 
     Yields:
         The state, `R + 1` times.
     """
-    grouping = Grouping(x_1.shape[1], schedule.num_groups)
-    matrix = schedule.matrix(steps).to(x_1)
-    group = grouping.group.to(x_1.device)
-    x_t, x, eps = x_1.clone(), torch.zeros_like(x_1), torch.zeros_like(x_1)
-    clock = x_1.new_ones(x_1.shape[1])
-    yield State(0, x_t, clock, x, 0, 0)
-    for row in range(len(matrix) - 1):
-        first, last_group = schedule.moving(row, steps)
-        lo, hi = grouping.ends[first], grouping.ends[last_group]
-        span, members = slice(lo, hi), group[lo:hi]
+    schedule, steps, ends = timetable.schedule, timetable.steps, timetable.ends
+    x_t, x = x_1.clone(), torch.zeros_like(x_1)
+    eps = torch.zeros_like(x_1) if step.multistep else x
 
-        def denoise_span(x_u: Tensor, u: Tensor, span: slice = span) -> Estimate:
-            x_t[:, span], clock[span] = x_u, u
-            return denoise(x_t, clock, (span.start, span.stop))
+    def denoise_span(x_u: Tensor, u: Level) -> Estimate:
+        if u is not t and u is not s:
+            raise ValueError("denoise: a step asks at its two ends only, `t` or `s`")
+        timetable.ages[groups] = after if u is s else before
+        if x_u is not moving:
+            x_t[:, lo:hi] = x_u
+        return denoise(x_t, timetable, (lo, hi))
 
-        def draw_span(n: int = hi - lo) -> Tensor:
-            return draw(n)
+    def draw_span() -> Tensor:
+        return draw(hi - lo)
 
+    yield State(0, x_t, timetable, x, 0, 0)
+    for row in range(timetable.rows):
+        groups = slice(*schedule.moving(row, steps))
+        lo, hi = ends[groups.start], ends[groups.stop]
+        before = timetable.ages[groups]
+        after = [age + 1 for age in before]
+        t, s = timetable.level(lo, hi), timetable.level(lo, hi, ahead=1)
+        moving = x_t[:, lo:hi]
+        if step.calls > 1:
+            moving = moving.clone()  # its second call writes into the state
         last = None
         if step.multistep and row > 0:
-            last = Last(Estimate(x[:, span], eps[:, span]), matrix[row - 1][members])
-        t, s = matrix[row][members], matrix[row + 1][members]
-        # A step may ask for the estimate at a second point, which is written into the state.
-        x_s, estimate = step(
-            denoise_span, noise, x_t[:, span].clone(), t, s, last=last, draw=draw_span
-        )
-        x_t[:, span], x[:, span], clock[span] = x_s, estimate.x, s
+            last = Last(Estimate(x[:, lo:hi], eps[:, lo:hi]), timetable.level(lo, hi, ahead=-1))
+        x_s, estimate = step(denoise_span, moving, t, s, last=last, draw=draw_span)
+        timetable.ages[groups] = after
+        x_t[:, lo:hi], x[:, lo:hi] = x_s, estimate.x
         if step.multistep:
-            eps[:, span] = estimate.eps
-        finished = grouping.ends[schedule.moving(row + 1, steps)[0]]
-        yield State(row + 1, x_t, clock, x, finished, hi)
+            eps[:, lo:hi] = estimate.eps
+        finished = ends[schedule.moving(row + 1, steps)[0]]
+        yield State(row + 1, x_t, timetable, x, finished, hi)

@@ -1,7 +1,8 @@
 """Solver steps: from the times `t` to the times `s <= t`, token by token.
 
-A step sees only the moving span and never the global time. It asks `denoise(x_t, t)` for an
-`Estimate`, and returns the tokens at `s` with the estimate made at `t`. `order` is the order of its
+A step sees only the moving span and never the global time. It gets the `Level` of the tokens at `t`
+and at `s`, asks `denoise` for an `Estimate` at one of the two, and returns the tokens at `s` with
+the estimate made at `t`. `order` is the order of its
 global error in `1 / S` for smooth data (fitted by the tests), `calls` the network calls of a step.
 All of them start from the probability-flow equation `dx_t/dt = alpha' x + sigma' eps`, whose exact
 solution for a constant estimate is `x_s = alpha_s x + sigma_s eps` (DDIM; Song et al. 2020).
@@ -11,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate
+from rolldiff.timetable import Level
 
 __all__ = ["Ancestral", "Euler", "Heun", "Last", "Multistep", "Step"]
 
-Denoise = Callable[[Tensor, Tensor], Estimate]
+Denoise = Callable[[Tensor, Level], Estimate]
 Draw = Callable[[], Tensor]
 
 
@@ -30,7 +32,7 @@ class Last(NamedTuple):
     """
 
     estimate: Estimate
-    t: Tensor
+    t: Level
 
 
 @runtime_checkable
@@ -51,19 +53,21 @@ class Step(Protocol):
     def __call__(
         self,
         denoise: Denoise,
-        noise: NoiseSchedule,
         x_t: Float[Tensor, "B n D"],
-        t: Float[Tensor, " n"],
-        s: Float[Tensor, " n"],
+        t: Level,
+        s: Level,
         *,
         last: Last | None = None,
         draw: Draw,
     ) -> tuple[Tensor, Estimate]: ...
 
 
-def _velocity(noise: NoiseSchedule, estimate: Estimate, t: Tensor) -> Tensor:
-    d_alpha, d_sigma = noise.rates(t[:, None])
-    return d_alpha * estimate.x + d_sigma * estimate.eps
+def _at(s: Level, estimate: Estimate) -> Tensor:
+    return torch.addcmul(s.alpha * estimate.x, s.sigma, estimate.eps)
+
+
+def _velocity(t: Level, estimate: Estimate) -> Tensor:
+    return t.d_alpha * estimate.x + t.d_sigma * estimate.eps
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,15 @@ class Euler:
     def __call__(
         self,
         denoise: Denoise,
-        noise: NoiseSchedule,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Level,
+        s: Level,
         *,
         last: Last | None = None,
         draw: Draw,
     ) -> tuple[Tensor, Estimate]:
         estimate = denoise(x_t, t)
-        return noise.perturb(estimate.x, estimate.eps, s), estimate
+        return _at(s, estimate), estimate
 
 
 @dataclass(frozen=True)
@@ -103,22 +106,21 @@ class Heun:
     def __call__(
         self,
         denoise: Denoise,
-        noise: NoiseSchedule,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Level,
+        s: Level,
         *,
         last: Last | None = None,
         draw: Draw,
     ) -> tuple[Tensor, Estimate]:
         estimate = denoise(x_t, t)
-        x_s = noise.perturb(estimate.x, estimate.eps, s)
-        goes_on = s > 0
+        x_s = _at(s, estimate)
+        goes_on = s.t > 0
         if not goes_on.any():
             return x_s, estimate
-        slope = _velocity(noise, estimate, t) + _velocity(noise, denoise(x_s, s), s)
-        trapezoid = x_t + (s - t)[:, None] / 2 * slope
-        return trapezoid.where(goes_on[:, None], x_s), estimate
+        slope = _velocity(t, estimate) + _velocity(s, denoise(x_s, s))
+        trapezoid = x_t + (s.t - t.t) / 2 * slope
+        return trapezoid.where(goes_on, x_s), estimate
 
 
 @dataclass(frozen=True)
@@ -136,20 +138,19 @@ class Multistep:
     def __call__(
         self,
         denoise: Denoise,
-        noise: NoiseSchedule,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Level,
+        s: Level,
         *,
         last: Last | None = None,
         draw: Draw,
     ) -> tuple[Tensor, Estimate]:
         estimate = denoise(x_t, t)
-        x_s = noise.perturb(estimate.x, estimate.eps, s)
+        x_s = _at(s, estimate)
         if last is None:
             return x_s, estimate
-        v, v_last = _velocity(noise, estimate, t), _velocity(noise, last.estimate, last.t)
-        h, h_last = (s - t)[:, None], (t - last.t)[:, None]
+        v, v_last = _velocity(t, estimate), _velocity(last.t, last.estimate)
+        h, h_last = s.t - t.t, t.t - last.t.t
         two_step = x_t + h * (v + h / (2 * h_last) * (v - v_last))
         return two_step.where(h_last < 0, x_s), estimate
 
@@ -180,19 +181,16 @@ class Ancestral:
     def __call__(
         self,
         denoise: Denoise,
-        noise: NoiseSchedule,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Level,
+        s: Level,
         *,
         last: Last | None = None,
         draw: Draw,
     ) -> tuple[Tensor, Estimate]:
         estimate = denoise(x_t, t)
-        alpha_t, sigma_t = noise.alpha(t), noise.sigma(t)
-        alpha_s, sigma_s = noise.alpha(s), noise.sigma(s)
-        forgotten = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        c = self.eta * sigma_s / sigma_t * forgotten.clamp(min=0).sqrt()
-        kept = (sigma_s**2 - c**2).clamp(min=0).sqrt()
-        x_s = alpha_s[:, None] * estimate.x + kept[:, None] * estimate.eps
-        return x_s + c[:, None] * draw(), estimate
+        forgotten = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+        c = self.eta * s.sigma / t.sigma * forgotten.clamp(min=0).sqrt()
+        kept = (s.sigma**2 - c**2).clamp(min=0).sqrt()
+        x_s = s.alpha * estimate.x + kept * estimate.eps
+        return x_s + c * draw(), estimate

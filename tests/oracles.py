@@ -12,6 +12,7 @@ from rolldiff.prediction import Estimate
 from rolldiff.sampler import sample
 from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Step
+from rolldiff.timetable import Timetable
 
 
 def natural_covariance(side: int, power: float = 2.0) -> Tensor:
@@ -34,7 +35,10 @@ class Gaussian:
     covariance: Tensor
     noise: NoiseSchedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
+    def __call__(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
+        return self.at(x_t, timetable.t, span)
+
+    def at(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
         lo, hi = span
         alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
         mixed = alpha[:, None] * self.covariance * alpha + torch.diag(sigma**2)
@@ -50,7 +54,10 @@ class FiniteData:
     points: Tensor
     noise: NoiseSchedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
+    def __call__(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
+        return self.at(x_t, timetable.t, span)
+
+    def at(self, x_t: Tensor, t: Tensor, span: tuple[int, int]) -> Estimate:
         lo, hi = span
         alpha, sigma = self.noise.alpha(t)[:, None], self.noise.sigma(t)[:, None]
         seen = sigma[:, 0] < 1
@@ -87,7 +94,7 @@ def decoded_covariance(
 
 
 def run(
-    denoise: Callable[[Tensor, Tensor, tuple[int, int]], Estimate],
+    denoise: Callable[[Tensor, Timetable, tuple[int, int]], Estimate],
     x_1: Tensor,
     noise: NoiseSchedule,
     step: Step,
@@ -99,10 +106,8 @@ def run(
     states = sample(
         denoise,
         x_1,
-        noise=noise,
+        timetable=Timetable(schedule, steps, x_1.shape[1], noise=noise, like=x_1),
         step=step,
-        schedule=schedule,
-        steps=steps,
         draw=draw or (lambda n: torch.randn(len(x_1), n, x_1.shape[2], dtype=x_1.dtype)),
     )
     return deque(states, maxlen=1).pop()

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
-from rolldiff import Ancestral, Decoder, Euler, Grouping, Heun, Multistep, Training
+from rolldiff import Ancestral, Decoder, Euler, Grouping, Heun, Multistep, Rectified, Training
+from rolldiff.prediction import Inverse, inverse, solve
 
 LABEL = torch.tensor([3, 1, 4])
 
@@ -55,11 +56,14 @@ def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
     x = decoder.layout.tokens(noise)
     context = decoder.backbone.prepare(torch.arange(16), torch.zeros(16, dtype=torch.long), LABEL)
     with torch.no_grad():
+        time = decoder.backbone.embed_time(torch.arange(steps, -1, -1) / steps)
         for r in range(steps):
-            t, s = (torch.full((16,), (steps - i) / steps) for i in (r, r + 1))
-            y = decoder.backbone(x, t, context)
-            eps = (x - (1 - t[:, None]) * y) / t[:, None]
-            x = (1 - s[:, None]) * y + s[:, None] * eps
+            t, s = (torch.tensor([[steps - i]]).double() / steps for i in (r, r + 1))
+            y = decoder.backbone(x, time[r : r + 1], context)
+            by = Inverse(*(number.float() for number in inverse("x", Rectified(), t)))
+            x_0, eps = solve(y, x, by)
+            alpha, sigma = Rectified().alpha(s).float(), Rectified().sigma(s).float()
+            x = torch.addcmul(alpha * x_0, sigma, eps)
     ordinary = decoder.layout.image(x)
     assert torch.equal(decoder.decode(LABEL, steps=steps, seed=1).image, ordinary)
 
@@ -67,7 +71,7 @@ def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
 class _Nothing(Euler):
     """Leaves the noise where it is."""
 
-    def __call__(self, denoise, noise, x_t, t, s, *, last=None, draw):
+    def __call__(self, denoise, x_t, t, s, *, last=None, draw):
         return x_t, denoise(x_t, t)
 
 
@@ -78,11 +82,12 @@ def test_pixel_autoregression_is_the_chain_rule(make):
         order = torch.arange(64)
         context = decoder.backbone.prepare(order, order)
         x, t = torch.randn(1, 64, 1, dtype=torch.float64), torch.rand(64, dtype=torch.float64)
-        y = decoder.backbone(x, t, context)
+        time = decoder.backbone.embed_time(t)
+        y = decoder.backbone(x, time, context)
         for pixel in (1, 20, 63):
             moved = x.clone()
             moved[:, pixel] += 1
-            change = (decoder.backbone(moved, t, context) - y)[0, :, 0]
+            change = (decoder.backbone(moved, time, context) - y)[0, :, 0]
             assert (change[:pixel] == 0).all()
             assert (change[pixel:] != 0).all()
     cost = decoder.decode(num_groups=64, steps=2, seed=0).cost

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolldiff import Cosine, Rectified
-from rolldiff.prediction import coefficients, solve, squared_error, weight
+from rolldiff.prediction import coefficients, inverse, solve, squared_error, weight
 
 KINDS = ["x", "eps", "v", "velocity"]
 NOISES = [Rectified(), Rectified(3.0), Cosine(), Cosine(0.5)]
@@ -17,9 +17,8 @@ def test_solve_recovers_data_and_noise(noise, kind, t):
     times = torch.full((2, 3), t, dtype=torch.float64)
     x, eps = torch.randn(2, 2, 3, 4, dtype=torch.float64)
     a, b = (c[..., None] for c in coefficients(kind, noise, times))
-    estimate = solve(
-        a * x + b * eps, noise.perturb(x, eps, times), times, prediction=kind, noise=noise
-    )
+    y, x_t = a * x + b * eps, noise.perturb(x, eps, times)
+    estimate = solve(y, x_t, inverse(kind, noise, times[..., None]))
     torch.testing.assert_close(estimate.x, x, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(estimate.eps, eps, rtol=1e-8, atol=1e-8)
 
@@ -31,7 +30,7 @@ def test_the_loss_space_is_a_weight(noise, kind, loss):
     t = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
     x, eps, y = torch.randn(3, 2, 3, 4, dtype=torch.float64)
     a, b = (c[:, None] for c in coefficients(kind, noise, t))
-    estimate = solve(y, noise.perturb(x, eps, t), t, prediction=kind, noise=noise)
+    estimate = solve(y, noise.perturb(x, eps, t), inverse(kind, noise, t[:, None]))
     c, d = (c[:, None] for c in coefficients(loss, noise, t))
     direct = (c * (estimate.x - x) + d * (estimate.eps - eps)).square()
     weighted = weight(kind, loss, noise, t)[:, None] * (y - a * x - b * eps).square()
@@ -41,7 +40,7 @@ def test_the_loss_space_is_a_weight(noise, kind, loss):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pure_noise_has_a_finite_estimate(kind):
     y, x_t = torch.randn(2, 1, 2, 3)
-    estimate = solve(y, x_t, torch.ones(2), prediction=kind, noise=Rectified())
+    estimate = solve(y, x_t, inverse(kind, Rectified(), torch.ones(2, 1)))
     assert estimate.x.isfinite().all()
     assert estimate.eps.isfinite().all()
 

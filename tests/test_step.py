@@ -89,17 +89,16 @@ def test_a_finite_data_set_comes_back_whole_and_evenly(num_groups, overlap):
 class _SigmaOfT(Euler):
     """A deliberate mistake: the noise of the time left, not of the time reached."""
 
-    def __call__(self, denoise, noise, x_t, t, s, *, last=None, draw):
+    def __call__(self, denoise, x_t, t, s, *, last=None, draw):
         estimate = denoise(x_t, t)
-        x_s = noise.alpha(s)[:, None] * estimate.x + noise.sigma(t)[:, None] * estimate.eps
-        return x_s, estimate
+        return s.alpha * estimate.x + t.sigma * estimate.eps, estimate
 
 
 class _Short(RollingSchedule):
     """A deliberate mistake: the last step is dropped."""
 
-    def matrix(self, steps):
-        return super().matrix(steps)[:-1]
+    def num_steps(self, steps):
+        return super().num_steps(steps) - 1
 
 
 def test_deliberate_mistakes_are_seen():

@@ -33,10 +33,10 @@ def test_a_later_token_changes_no_earlier_group(num_groups, token, batched):
     context = net.prepare(order, many)
     x = torch.randn(2, 16, 1, dtype=torch.float64)
     t = torch.rand(2, 16, dtype=torch.float64)
-    y = net(x, t, context)
+    y = net(x, net.embed_time(t), context)
     x[:, token] += 1
     t[:, token] = 0.5
-    moved = (net(x, t, context) - y).abs().amax((0, 2)) > 0
+    moved = (net(x, net.embed_time(t), context) - y).abs().amax((0, 2)) > 0
     assert not moved[group < group[token]].any()
     assert moved[group >= group[token]].all(), "those that may see it do"
 
@@ -47,7 +47,7 @@ def test_the_gradient_to_later_groups_is_zero(num_groups):
     context = prepared(net, num_groups)
     t = torch.rand(16, dtype=torch.float64)
     x = torch.randn(1, 16, 1, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, t, context), x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, net.embed_time(t), context), x)
     reached = jacobian[0, :, 0, 0, :, 0] != 0
     assert torch.equal(reached, group[:, None] >= group[None])
 
@@ -55,7 +55,7 @@ def test_the_gradient_to_later_groups_is_zero(num_groups):
 def test_bidirectional_sees_all():
     net = network(causal=False)
     x = torch.randn(1, 16, 1, dtype=torch.float64, requires_grad=True)
-    net(x, torch.rand(16).double(), prepared(net, 4))[0, 0].sum().backward()
+    net(x, net.embed_time(torch.rand(16).double()), prepared(net, 4))[0, 0].sum().backward()
     assert (x.grad != 0).all()
     assert prepared(net, 4, batch=1).cached is None
 
@@ -63,16 +63,19 @@ def test_bidirectional_sees_all():
 def test_a_span_with_the_cache_equals_the_whole():
     net = network()
     x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
-    whole = net(x, t, prepared(net, 4))
+    whole = net(x, net.embed_time(t), prepared(net, 4))
     context = prepared(net, 4, batch=3)
-    parts = [net(x[:, a:b], t[a:b], context, a) for a, b in [(0, 4), (4, 12), (12, 16)]]
+    parts = [
+        net(x[:, a:b], net.embed_time(t[a:b]), context, a) for a, b in [(0, 4), (4, 12), (12, 16)]
+    ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_the_cache_is_as_large_as_documented():
     context = prepared(network(), 4, batch=3)
     depth, width = 2, 16
-    assert context.keys.numel() + context.values.numel() == 2 * depth * 16 * width * 3
+    assert context.memory.numel() == 2 * depth * 16 * width * 3
+    assert prepared(network(), 1, batch=3).memory is None, "a single group is never read again"
 
 
 def test_places_follow_the_order():
@@ -81,8 +84,8 @@ def test_places_follow_the_order():
     x, t = torch.randn(1, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
     one = Grouping(16, 1).group
     order = torch.randperm(16)
-    y = net(x, t, net.prepare(torch.arange(16), one))
-    shuffled = net(x[:, order], t[order], net.prepare(order, one))
+    y = net(x, net.embed_time(t), net.prepare(torch.arange(16), one))
+    shuffled = net(x[:, order], net.embed_time(t[order]), net.prepare(order, one))
     torch.testing.assert_close(shuffled, y[:, order])
 
 
@@ -91,9 +94,9 @@ def test_labels_and_times_matter():
     x, one = torch.randn(2, 16, 1, dtype=torch.float64), Grouping(16, 1).group
     context = net.prepare(torch.arange(16), one, torch.tensor([0, 1]))
     t = torch.full((16,), 0.5, dtype=torch.float64)
-    y = net(x[:1].expand(2, -1, -1), t, context)
+    y = net(x[:1].expand(2, -1, -1), net.embed_time(t), context)
     assert not torch.allclose(y[0], y[1])
-    assert not torch.allclose(y, net(x[:1].expand(2, -1, -1), t / 2, context))
+    assert not torch.allclose(y, net(x[:1].expand(2, -1, -1), net.embed_time(t / 2), context))
 
 
 @pytest.mark.parametrize(

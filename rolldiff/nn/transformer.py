@@ -2,8 +2,8 @@
 
 Token of group g sees the tokens of groups <= g, each at its own noise level. A finished group never
 changes again, so its keys and values, once written while it was clean, are final: caching is exact.
-A cache is two tensors `[depth, B, heads, N, width / heads]`, `2 depth N width` numbers an example,
-allocated once.
+The cache is one tensor `[depth, 2, B, heads, N, width / heads]`, `2 depth N width` numbers an
+example, allocated once; a single group needs none.
 
 The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
 and a small table for each. Places are a learned table and two-dimensional rotary angles (Su et al.
@@ -27,12 +27,12 @@ class _Context:
     """What `Transformer.prepare` computes once; shapes with N are in decode order."""
 
     place: Float[Tensor, "*B N width"]
-    rotary: Float[Tensor, "*B N 2 half"]
+    cos: Float[Tensor, "*B N size"]
+    sin: Float[Tensor, "*B N size"]
     group: Int[Tensor, "*B N"]
     modulation: Float[Tensor, "C 1 mods"]
     bias: Float[Tensor, "B 1 N N"] | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    memory: Tensor | None = None  # keys and values, [depth, 2, B, heads, N, size]
     cached: int | None = None
     groups: list[int] = field(default_factory=list)
 
@@ -53,8 +53,6 @@ class Transformer(nn.Module):
     Raises:
         ValueError: if a size is below 1 or `width` is not a multiple of `4 heads`.
     """
-
-    rotary: Tensor
 
     def __init__(
         self,
@@ -90,14 +88,13 @@ class Transformer(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
         self.time = _Time(width, 6 * width)
         self.label = nn.Embedding(num_classes + 1, 6 * width)
-        self.blocks = nn.ModuleList(
-            _Block(width, heads, int(mlp_ratio * width)) for _ in range(depth)
-        )
+        self.blocks = _Blocks(_Block(width, heads, int(mlp_ratio * width)) for _ in range(depth))
         self.head = nn.Linear(width, layout.token_dim)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("rotary", _rotary(layout.coords, width // heads), persistent=False)
+        # No buffer: angles stay in float32 whatever the weights are turned into.
+        self._angles = _angles(layout.coords, width // heads)
 
     def prepare(
         self,
@@ -111,48 +108,61 @@ class Transformer(nn.Module):
         """See `Backbone.prepare`. `cond` are class labels, the null label among them."""
         null = self.label.num_embeddings - 1
         cond = torch.tensor([null], device=order.device) if cond is None else cond
+        width = self.place.shape[1]
+        # All but the first part of the modulation are factors, and start from 1.
+        ones = torch.ones(6 * width, device=order.device).index_fill_(
+            0, torch.arange(width, device=order.device), 0
+        )
+        angle = self._angles.to(order.device)[order]
+        cos, sin = angle.cos(), angle.sin()
         context = _Context(
             place=self.place[order],
-            rotary=self.rotary[order],
+            cos=torch.cat([cos, cos], dim=-1),
+            sin=torch.cat([-sin, sin], dim=-1),
             group=group,
-            modulation=self.label(cond)[:, None],
+            modulation=(self.label(cond) + ones)[:, None],
         )
         if group.ndim == 1:
             context.groups = group.tolist()
         elif self.causal:
             context.bias = _bias(group, group)[:, None]
+            context.cos, context.sin = context.cos[:, None], context.sin[:, None]
         if batch is not None and self.causal:
-            size = self.place.shape[1] // self.heads
-            shape = (len(self.blocks), batch, self.heads, group.shape[-1], size)
-            context.keys = torch.empty(shape, device=order.device, dtype=dtype)
-            context.values = torch.empty_like(context.keys)
             context.cached = 0
+            if context.groups[-1] > 0:  # a single group is never read again
+                shape = (len(self.blocks), 2, batch, self.heads, len(order), width // self.heads)
+                context.memory = torch.empty(shape, device=order.device, dtype=dtype)
         return context
+
+    def embed_time(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T E"]:
+        """See `Backbone.embed_time`."""
+        return self.time(t)
 
     def forward(
         self,
         x_t: Float[Tensor, "B n D"],
-        t: Float[Tensor, "*B n"],
+        time: Float[Tensor, "*B #n E"],
         context: _Context,
         start: int = 0,
     ) -> Float[Tensor, "B2 n D"]:
         """See `Backbone.__call__`."""
         stop = start + x_t.shape[1]
-        h = self.embed(x_t) + context.place[..., start:stop, :]
+        h = self.embed(x_t.to(self.embed.weight.dtype)) + context.place[..., start:stop, :]
         copies = max(1, len(context.modulation) // len(x_t))
         if copies > 1:  # guidance: the branches share all that comes before the condition
             h = h.repeat(copies, 1, 1)
-        modulation = self.time(t) + context.modulation
-        added, scale, *inner = modulation.chunk(6, dim=-1)
-        h = h + added
-        rotary = context.rotary[..., start:stop, None, :, :]
-        bias = self._mask(context, start, stop)
-        for layer, block in enumerate(self.blocks):
-            memory = None
-            if context.keys is not None and context.values is not None:
-                memory = (context.keys[layer], context.values[layer])
-            h = block(h, inner, rotary, bias, memory, start)
-        return self.head(_norm(h) * (1 + scale))
+        width = h.shape[-1]
+        added, scale, inner = (time + context.modulation).split((width, width, 4 * width), dim=-1)
+        h = self.blocks(
+            h + added,
+            inner,
+            context.cos[..., start:stop, :],
+            context.sin[..., start:stop, :],
+            self._mask(context, start, stop),
+            context.memory,
+            start,
+        )
+        return self.head(_norm(h) * scale)
 
     def _mask(self, context: _Context, start: int, stop: int) -> Tensor | None:
         if not self.causal or context.bias is not None:
@@ -165,20 +175,37 @@ class Transformer(nn.Module):
 class _Time(nn.Module):
     """Fourier features of the local time, and a small network on them."""
 
-    frequency: Tensor
-
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.register_buffer("frequency", torch.pi * 2.0 ** torch.linspace(-1, 6, 32))
         self.hidden = nn.Linear(64, width)
         self.out = nn.Linear(width, out)
         nn.init.normal_(self.out.weight, std=0.02)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = t[..., None] * self.frequency
-        features = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        octave = torch.linspace(-1, 6, 32, device=t.device, dtype=t.dtype)
+        angle = t[..., None] * (torch.pi * 2.0**octave)
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.hidden.weight.dtype)
         return self.out(F.silu(self.hidden(features)))
+
+
+class _Blocks(nn.ModuleList):
+    """The blocks as one module, which is what `compile` turns into one function."""
+
+    def forward(
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor | None,
+        memory: Tensor | None,
+        start: int,
+    ) -> Tensor:
+        for layer, block in enumerate(self):
+            kept = None if memory is None else memory[layer]
+            h = block(h, modulation, cos, sin, bias, kept, start)
+        return h
 
 
 class _Block(nn.Module):
@@ -197,33 +224,34 @@ class _Block(nn.Module):
     def forward(
         self,
         h: Tensor,
-        modulation: list[Tensor],
-        rotary: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         bias: Tensor | None,
-        memory: tuple[Tensor, Tensor] | None,
+        memory: Tensor | None,
         start: int,
     ) -> Tensor:
-        scale_1, gate_1, scale_2, gate_2 = (
-            m + row for m, row in zip(modulation, 1 + self.table, strict=True)
-        )
-        qkv = self.qkv(_norm(h) * scale_1)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))
-        qk = _rotate(_norm(qkv[..., :2, :, :]) * self.qk_scale, rotary).to(qkv.dtype)
-        q, k = (part.transpose(1, 2) for part in qk.unbind(-3))
-        v = qkv[..., 2, :, :].transpose(1, 2)
+        scale_1, gate_1, scale_2, gate_2 = (modulation + self.table.flatten()).chunk(4, dim=-1)
+        qkv = self.qkv(_norm(h) * scale_1).unflatten(-1, (3, self.heads, -1))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, n, size]
+        qk = _norm(qkv[:2]) * self.qk_scale[:, None, None]
+        # Turn each pair (a, b) of a head: (a cos - b sin, b cos + a sin).
+        qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
+        q, k = qk.to(qkv.dtype).unbind(0)
+        v = qkv[2]
         if memory is not None:
             stop = start + k.shape[2]
-            for kept, new in zip(memory, (k, v), strict=True):
-                kept[:, :, start:stop] = new
-            k, v = (kept[:, :, :stop] for kept in memory)
+            memory[0, :, :, start:stop] = k
+            memory[1, :, :, start:stop] = v
+            k, v = memory[0, :, :, :stop], memory[1, :, :, :stop]
         bias = bias if bias is None else bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        h = h + gate_1 * self.out(seen.transpose(1, 2).flatten(-2))
-        return h + gate_2 * self.down(F.gelu(self.up(_norm(h) * scale_2)))
+        h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).flatten(-2)))
+        return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(_norm(h) * scale_2))))
 
 
 def _norm(h: Tensor) -> Tensor:
-    return F.rms_norm(h, h.shape[-1:])
+    return F.layer_norm(h, h.shape[-1:])
 
 
 def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:
@@ -232,14 +260,7 @@ def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor,
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
-def _rotary(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "N 2 half"]:
-    """Cosines and sines: half of a head's pairs turn with the row, half with the column."""
+def _angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "N half"]:
+    """Rotary angles: half of a head's pairs turn with the row, half with the column."""
     frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
-    angle = (coords[:, 1:, None] * frequency).flatten(1)
-    return torch.stack([angle.cos(), angle.sin()], dim=1)
-
-
-def _rotate(h: Tensor, rotary: Tensor) -> Tensor:
-    a, b = h.chunk(2, dim=-1)
-    cos, sin = rotary[..., None, 0, :], rotary[..., None, 1, :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return (coords[:, 1:, None] * frequency).flatten(1)

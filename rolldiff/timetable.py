@@ -1,0 +1,119 @@
+"""The local times of a decode, and all that depends on them alone, computed once.
+
+A group that has made `a` of its `S` steps is at the time `1 - a / S`, so a decode meets `S + 1`
+local times and no others. For each of them a table holds what the noise schedule says, the inverse
+of the prediction, and the backbone's embedding of the time. The *level* of a span of tokens is rows
+of that table; `ages` keeps the steps that each group has made.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rolldiff.grouping import Grouping
+from rolldiff.noise import NoiseSchedule
+from rolldiff.prediction import Inverse, Prediction, inverse
+from rolldiff.schedule import RollingSchedule
+
+__all__ = ["Level", "Timetable"]
+
+# Levels of spans that are kept: a decode comes back to a few, over and over.
+KEPT = 64
+
+
+class Level(NamedTuple):
+    """The local times of some tokens and what the noise schedule says of them.
+
+    `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all of them have the same time.
+    """
+
+    age: Int[Tensor, " n"]
+    t: Float[Tensor, "n 1"]
+    alpha: Float[Tensor, "n 1"]
+    sigma: Float[Tensor, "n 1"]
+    d_alpha: Float[Tensor, "n 1"]
+    d_sigma: Float[Tensor, "n 1"]
+    inverse: Inverse
+
+
+class Timetable:
+    """How far each group of a decode is.
+
+    Args:
+        schedule: the groups and their overlap.
+        steps: `S`, solver steps a group.
+        num_tokens: `N`.
+        noise: the noise schedule.
+        prediction: what the backbone predicts.
+        embed: the backbone's embedding of local times, `[T]` to `[T, E]`.
+        like: a tensor of the state's type, on its device.
+    """
+
+    def __init__(
+        self,
+        schedule: RollingSchedule,
+        steps: int,
+        num_tokens: int,
+        *,
+        noise: NoiseSchedule,
+        prediction: Prediction = "x",
+        embed: Callable[[Tensor], Tensor] | None = None,
+        like: Tensor,
+    ) -> None:
+        self.schedule = schedule
+        self.steps = steps
+        self.rows = schedule.num_steps(steps)
+        self.ends = Grouping(num_tokens, schedule.num_groups).ends
+        self.ages = [0] * schedule.num_groups
+        # Whole numbers until the division, and float64 until the last: the ends are exact.
+        t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+        fields = (
+            t,
+            noise.alpha(t),
+            noise.sigma(t),
+            *noise.rates(t),
+            *inverse(prediction, noise, t),
+        )
+        self._table = torch.stack(fields)[..., None].to(like)
+        self._embedding = t[:, None] if embed is None else embed(t.to(like))
+        self._levels: dict[tuple[int, ...], Level] = {}
+
+    @property
+    def t(self) -> Float[Tensor, " N"]:
+        """The local time of every token."""
+        level = self.level(0, self.ends[-1])
+        return level.t[:, 0].expand(self.ends[-1])
+
+    def time(self, lo: int, hi: int) -> Float[Tensor, "n E"]:
+        """The embedded times of the tokens `lo … hi - 1`; a single row if they are the same."""
+        return self._embedding.index_select(0, self.level(lo, hi).age)
+
+    def level(self, lo: int, hi: int, *, ahead: int = 0) -> Level:
+        """The level of the tokens `lo … hi - 1`, which are whole groups.
+
+        Args:
+            lo: the first token.
+            hi: one past the last.
+            ahead: rows after this one, if all of them moved.
+        """
+        first, last = bisect_left(self.ends, lo), bisect_left(self.ends, hi)
+        ages = [min(max(age + ahead, 0), self.steps) for age in self.ages[first:last]]
+        sizes = [b - a for a, b in pairwise(self.ends[first : last + 1])]
+        if ages.count(ages[0]) == len(ages):
+            ages, sizes = ages[:1], [1]
+        key = (*ages, *sizes)
+        if key not in self._levels:
+            if len(self._levels) == KEPT:
+                self._levels.clear()
+            self._levels[key] = self._rows(ages, sizes)
+        return self._levels[key]
+
+    def _rows(self, ages: list[int], sizes: list[int]) -> Level:
+        age = torch.tensor(ages).repeat_interleave(torch.tensor(sizes)).to(self._table.device)
+        t, alpha, sigma, d_alpha, d_sigma, *by = self._table.index_select(1, age).unbind(0)
+        return Level(age, t, alpha, sigma, d_alpha, d_sigma, Inverse(*by))
