@@ -71,29 +71,30 @@ def sample(
             raise ValueError("denoise: a step asks at its two ends only, `t` or `s`")
         timetable.ages[groups] = after if u is s else before
         if x_u is not moving:
-            x_t[:, lo:hi] = x_u
+            here.copy_(x_u)
         return denoise(x_t, timetable, (lo, hi))
 
     def draw_span() -> Tensor:
         return draw(hi - lo)
 
     yield State(0, x_t, timetable, x, 0, 0)
+    following = slice(*schedule.moving(0, steps))
     for row in range(timetable.rows):
-        groups = slice(*schedule.moving(row, steps))
+        groups, following = following, slice(*schedule.moving(row + 1, steps))
         lo, hi = ends[groups.start], ends[groups.stop]
         before = timetable.ages[groups]
         after = [age + 1 for age in before]
         t, s = timetable.level(lo, hi), timetable.level(lo, hi, ahead=1)
-        moving = x_t[:, lo:hi]
-        if step.calls > 1:
-            moving = moving.clone()  # its second call writes into the state
+        here = x_t[:, lo:hi]
+        # The second call of a step writes into the state.
+        moving = here if step.calls == 1 else here.clone()
         last = None
         if step.multistep and row > 0:
             last = Last(Estimate(x[:, lo:hi], eps[:, lo:hi]), timetable.level(lo, hi, ahead=-1))
         x_s, estimate = step(denoise_span, moving, t, s, last=last, draw=draw_span)
         timetable.ages[groups] = after
-        x_t[:, lo:hi], x[:, lo:hi] = x_s, estimate.x
+        here.copy_(x_s)
+        x[:, lo:hi] = estimate.x
         if step.multistep:
             eps[:, lo:hi] = estimate.eps
-        finished = ends[schedule.moving(row + 1, steps)[0]]
-        yield State(row + 1, x_t, timetable, x, finished, hi)
+        yield State(row + 1, x_t, timetable, x, ends[following.start], hi)

@@ -6,13 +6,12 @@ of the prediction, and the backbone's embedding of the time. The *level* of a sp
 of that table; `ages` keeps the steps that each group has made.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rolldiff.grouping import Grouping
@@ -29,10 +28,11 @@ KEPT = 64
 class Level(NamedTuple):
     """The local times of some tokens and what the noise schedule says of them.
 
-    `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all of them have the same time.
+    `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all of them have the same time. `rows` are
+    where in the table this was taken from.
     """
 
-    age: Int[Tensor, " n"]
+    rows: slice | Tensor
     t: Float[Tensor, "n 1"]
     alpha: Float[Tensor, "n 1"]
     sigma: Float[Tensor, "n 1"]
@@ -70,6 +70,8 @@ class Timetable:
         self.rows = schedule.num_steps(steps)
         self.ends = Grouping(num_tokens, schedule.num_groups).ends
         self.ages = [0] * schedule.num_groups
+        self._group = {end: group for group, end in enumerate(self.ends)}
+        self._sizes = [b - a for a, b in pairwise(self.ends)]
         # Whole numbers until the division, and float64 until the last: the ends are exact.
         t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
         fields = (
@@ -81,6 +83,8 @@ class Timetable:
         )
         self._table = torch.stack(fields)[..., None].to(like)
         self._embedding = t[:, None] if embed is None else embed(t.to(like))
+        columns = zip(*(field.split(1) for field in self._table), strict=True)
+        self._alone = [_level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
         self._levels: dict[tuple[int, ...], Level] = {}
 
     @property
@@ -91,7 +95,7 @@ class Timetable:
 
     def time(self, lo: int, hi: int) -> Float[Tensor, "n E"]:
         """The embedded times of the tokens `lo … hi - 1`; a single row if they are the same."""
-        return self._embedding.index_select(0, self.level(lo, hi).age)
+        return self._embedding[self.level(lo, hi).rows]
 
     def level(self, lo: int, hi: int, *, ahead: int = 0) -> Level:
         """The level of the tokens `lo … hi - 1`, which are whole groups.
@@ -101,19 +105,30 @@ class Timetable:
             hi: one past the last.
             ahead: rows after this one, if all of them moved.
         """
-        first, last = bisect_left(self.ends, lo), bisect_left(self.ends, hi)
-        ages = [min(max(age + ahead, 0), self.steps) for age in self.ages[first:last]]
-        sizes = [b - a for a, b in pairwise(self.ends[first : last + 1])]
+        groups = slice(self._group[lo], self._group[hi])
+        ages = self.ages[groups]
+        if ahead:
+            ages = [min(max(age + ahead, 0), self.steps) for age in ages]
         if ages.count(ages[0]) == len(ages):
-            ages, sizes = ages[:1], [1]
-        key = (*ages, *sizes)
-        if key not in self._levels:
+            return self._alone[ages[0]]
+        key = (*ages, *self._sizes[groups])
+        level = self._levels.get(key)
+        if level is None:
+            sizes = torch.tensor(self._sizes[groups])
+            rows = torch.tensor(ages).repeat_interleave(sizes).to(self._table.device)
             if len(self._levels) == KEPT:
                 self._levels.clear()
-            self._levels[key] = self._rows(ages, sizes)
-        return self._levels[key]
+            level = self._levels[key] = _level(rows, *self._table[:, rows].unbind(0))
+        return level
 
-    def _rows(self, ages: list[int], sizes: list[int]) -> Level:
-        age = torch.tensor(ages).repeat_interleave(torch.tensor(sizes)).to(self._table.device)
-        t, alpha, sigma, d_alpha, d_sigma, *by = self._table.index_select(1, age).unbind(0)
-        return Level(age, t, alpha, sigma, d_alpha, d_sigma, Inverse(*by))
+
+def _level(
+    rows: slice | Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    d_alpha: Tensor,
+    d_sigma: Tensor,
+    *by: Tensor,
+) -> Level:
+    return Level(rows, t, alpha, sigma, d_alpha, d_sigma, Inverse(*by))
