@@ -135,6 +135,11 @@ class Decoder(Pretrained):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     def loss(
         self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -155,25 +160,19 @@ class Decoder(Pretrained):
             ValueError: if an argument has the wrong shape, type or range.
         """
         x = self.layout.tokens(check_image(image, self.layout)).to(self.state_dtype)
-        batch = len(x)
-        label = self.condition.check(cond, batch, x.device)
+        label = self.condition.check(cond, len(x), x.device)
         label = self.condition.drop(label, self.trained_for.drop_cond, generator)
-        drawn = self.trained_for.draw(batch, generator)
-        order = self.orders[drawn.order.to(x.device)]
-        group = self.groups[drawn.num_groups.to(x.device)]
-        t = drawn.t.to(x).gather(1, group)
-        x = x.gather(1, order[..., None].expand_as(x))
-        eps = (
-            torch.randn_like(x)
-            if generator is None
-            else torch.randn(x.shape, generator=generator).to(x)
-        )
-        x_t = self.noise.perturb(x, eps, t)
-        context = self.backbone.prepare(order, group, label)
-        y = self.backbone(x_t, self.backbone.embed_time(t), context)
-        y = y.to(x.dtype)
+        shown = self.trained_for.show(x, self.orders, self.groups, self.noise, generator)
+        context = self.backbone.prepare(shown.order, shown.group, label)
+        y = self.backbone(shown.x_t, self.backbone.embed_time(shown.t), context)
         return squared_error(
-            y, x, eps, t, prediction=self.prediction, loss=self.loss_space, noise=self.noise
+            y.to(x.dtype),
+            shown.x,
+            shown.eps,
+            shown.t,
+            prediction=self.prediction,
+            loss=self.loss_space,
+            noise=self.noise,
         )
 
     def decode(
@@ -190,6 +189,7 @@ class Decoder(Pretrained):
         seed: int | torch.Generator | None = None,
         first: int = 0,
         cache: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> Decoded:
         """Decode images from noise.
 
@@ -205,25 +205,15 @@ class Decoder(Pretrained):
             seed: a seed or a generator; image i has the same noise alone and in any batch.
             first: the index of the first image in the seed's stream.
             cache: whether a causal backbone keeps what is finished.
+            dtype: what the network computes in; by default bfloat16 on CUDA, elsewhere the type of
+                its weights. The state of the solver stays in float32.
 
         Raises:
             ValueError: if an argument is out of range.
         """
+        asked = num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
         with torch.no_grad(), metered(self.backbone) as meter:
-            run = begin(
-                self,
-                cond,
-                num_images,
-                num_groups,
-                overlap,
-                steps,
-                order,
-                step,
-                guidance,
-                seed,
-                first,
-                cache,
-            )
+            run = begin(self, cond, *asked, dtype)
             return run.decoded(meter)
 
     def stream(
@@ -240,6 +230,7 @@ class Decoder(Pretrained):
         seed: int | torch.Generator | None = None,
         first: int = 0,
         cache: bool = True,
+        dtype: torch.dtype | None = None,
         frames: int | None = None,
         preview: bool = True,
     ) -> Iterator[Frame]:
@@ -255,24 +246,15 @@ class Decoder(Pretrained):
         Yields:
             `Frame`s.
         """
-        run = begin(
-            self,
-            cond,
-            num_images,
-            num_groups,
-            overlap,
-            steps,
-            order,
-            step,
-            guidance,
-            seed,
-            first,
-            cache,
-        )
+        asked = num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
+        run = begin(self, cond, *asked, dtype)
         return run.frames(frames, preview=preview)
+
+    def compile(self, *, mode: str | None = None) -> None:
+        """Compile the backbone, in place; weights keep their names. See `Transformer.compile`."""
+        self.backbone.compile(mode=mode)
 
     @property
     def state_dtype(self) -> torch.dtype:
         """Of the solver's state: never below float32."""
-        weights = next(self.parameters()).dtype
-        return weights if weights == torch.float64 else torch.float32
+        return torch.promote_types(self.dtype, torch.float32)

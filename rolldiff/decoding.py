@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -80,6 +81,9 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
     def state_dtype(self) -> torch.dtype: ...
 
 
@@ -96,6 +100,7 @@ class Decoding:
     step: Step
     streams: Streams
     dtype: torch.dtype
+    autocast: torch.dtype | None
 
     @cached_property
     def _places(self) -> Int[Tensor, " N"]:
@@ -139,7 +144,9 @@ class Decoding:
 
     def decoded(self, meter: Meter) -> Decoded:
         """Run to the end."""
-        state = deque(self.states(), maxlen=1).pop()
+        states = self.states()
+        with self._autocast():  # around all calls: the weights are cast once
+            state = deque(states, maxlen=1).pop()
         image = self.image(state.x_t)
         cost = meter.cost(cached=self.context.cached is not None)
         return Decoded(image, cost, self.schedule.rounded(self.steps))
@@ -168,7 +175,27 @@ class Decoding:
                     yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-        return self.denoiser(x_t, timetable, self.context, span)
+        with self._autocast():
+            return self.denoiser(x_t, timetable, self.context, span)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.order.device.type, self.autocast)
+
+
+def _computes_in(model: Model, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that the network computes in."""
+    if dtype is None:
+        mixed = model.device.type == "cuda" and model.dtype == torch.float32
+        return torch.bfloat16 if mixed else model.dtype
+    allowed = {model.dtype}
+    if model.dtype == torch.float32:
+        allowed |= {torch.bfloat16, torch.float16}
+    if dtype not in allowed:
+        names = " or ".join(sorted(map(str, allowed)))
+        raise ValueError(f"dtype must be {names} with {model.dtype} weights, got {dtype}")
+    return dtype
 
 
 @torch.no_grad()
@@ -185,12 +212,14 @@ def begin(
     seed: int | torch.Generator | None,
     first: int,
     cache: bool,
+    dtype: torch.dtype | None,
 ) -> Decoding:
     """Check the settings of a decode and prepare it.
 
     Raises:
         ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
     """
+    computes_in = _computes_in(model, dtype)
     grouping = Grouping(model.layout.num_tokens, num_groups)
     schedule = RollingSchedule(num_groups, overlap)
     schedule.stagger(steps)
@@ -217,7 +246,7 @@ def begin(
         grouping.group.to(model.device),
         label,
         batch=len(label) if cache else None,
-        dtype=model.state_dtype,
+        dtype=computes_in,
     )
     streams = Streams(seed, num_images, first=first)
     return Decoding(
@@ -230,4 +259,5 @@ def begin(
         step,
         streams,
         model.state_dtype,
+        None if computes_in == model.dtype else computes_in,
     )

@@ -67,6 +67,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def compile(self, *, mode: str | None = None) -> None:
+        """Compile in place; hooks on the backbone must go on being called."""
+        ...
+
     def embed_time(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T E"]:
         """What the network is told of a local time; a decode asks once for each of its times."""
         ...

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rolldiff.grouping import Grouping, Order, decode_order
+from rolldiff.noise import NoiseSchedule
 from rolldiff.times import CleanContext, Independent, Mixture, OnSchedule, Shared, Times
 
-__all__ = ["Drawn", "Training"]
+__all__ = ["Drawn", "Shown", "Training"]
 
 MIXTURE = Mixture((Independent(), CleanContext(), Shared(), OnSchedule()), (0.3, 0.4, 0.2, 0.1))
 
@@ -22,6 +23,17 @@ class Drawn(NamedTuple):
     order: Int[Tensor, " B"]
     num_groups: Int[Tensor, " B"]
     t: Float[Tensor, "B G"]
+
+
+class Shown(NamedTuple):
+    """A batch as the network sees it, its tokens in decode order."""
+
+    order: Int[Tensor, "B N"]
+    group: Int[Tensor, "B N"]
+    t: Float[Tensor, "B N"]
+    x: Float[Tensor, "B N D"]
+    eps: Float[Tensor, "B N D"]
+    x_t: Float[Tensor, "B N D"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,29 @@ class Training:
         order = torch.randint(len(self.orders), (batch,), generator=generator)
         num_groups = torch.tensor(self.num_groups)[which]
         return Drawn(order, which, self.times(num_groups, max(self.num_groups), generator))
+
+    def show(
+        self,
+        x: Float[Tensor, "B N D"],
+        orders: Int[Tensor, "orders N"],
+        groups: Int[Tensor, "counts N"],
+        noise: NoiseSchedule,
+        generator: torch.Generator | None = None,
+    ) -> Shown:
+        """Tokens in raster order, each example in a drawn order and at drawn times.
+
+        `orders` and `groups` are the tables, on the device of the tokens.
+        """
+        drawn = self.draw(len(x), generator)
+        order = orders[drawn.order.to(x.device)]
+        group = groups[drawn.num_groups.to(x.device)]
+        t = drawn.t.to(x).gather(1, group)
+        x = x.gather(1, order[..., None].expand_as(x))
+        if generator is None:
+            eps = torch.randn_like(x)
+        else:
+            eps = torch.randn(x.shape, generator=generator).to(x)
+        return Shown(order, group, t, x, eps, noise.perturb(x, eps, t))
 
     def beyond(self, num_groups: int, overlap: float, order: Order) -> list[str]:
         """The settings of a decode that training never showed, in words."""

@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -289,3 +290,86 @@ def test_any_image_size():
     assert decoder.loss(torch.rand(2, 3, 6, 10)).isfinite()
     with pytest.warns(UserWarning, match="num_groups"):
         assert decoder.decode(num_groups=7, steps=1).image.shape == (1, 3, 6, 10)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize(("num_groups", "overlap"), [(1, 0.0), (4, 0.5), (16, 0.0)])
+def test_the_network_in_bfloat16_and_the_state_in_float32(make, num_groups, overlap, guidance):
+    """Cached and plain differ by no more than what the network rounds: 2^-9 an operation."""
+    decoder = make()
+    ask = {
+        "num_groups": num_groups,
+        "overlap": overlap,
+        "steps": 4,
+        "seed": 0,
+        "guidance": guidance,
+    }
+    full = decoder.decode(LABEL, **ask).image
+    kept = decoder.decode(LABEL, dtype=torch.bfloat16, **ask).image
+    plain = decoder.decode(LABEL, dtype=torch.bfloat16, cache=False, **ask).image
+    assert kept.dtype == torch.float32
+    assert 1e-5 < relative(kept, full) < 0.1, "the network did round, and no more"
+    assert relative(kept, plain) < 0.1
+    *_, last = decoder.stream(LABEL, dtype=torch.bfloat16, **ask)
+    assert torch.equal(last.image, kept)
+
+
+def test_weights_in_bfloat16(make):
+    """Angles of places and times stay exact, and so does the state."""
+    decoder = make()
+    full = decoder.decode(LABEL, num_groups=4, seed=0).image
+    half = decoder.to(torch.bfloat16).decode(LABEL, num_groups=4, seed=0)
+    assert half.image.dtype == torch.float32
+    assert relative(half.image, full) < 0.2
+
+
+def test_bad_dtype(make):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16 or .* got torch\.float64"):
+        make().decode(dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float64 with"):
+        make(dtype=torch.float64).decode(dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Traces as `torch.compile` does, and runs what it traced without generating code."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+def test_compiled_shapes_serve_every_span(make, interpreted):
+    """One token or many, one time or many, with a cache or none; never one for each span."""
+    decoder, plain = make(), make()
+    names = list(decoder.state_dict())
+    decoder.compile()
+    assert list(decoder.state_dict()) == names
+
+    def agree(num_groups, overlap):
+        ask = {"num_groups": num_groups, "overlap": overlap, "steps": 4, "seed": 0}
+        compiled, eager = decoder.decode(LABEL, **ask), plain.decode(LABEL, **ask)
+        assert relative(compiled.image, eager.image) < 1e-5
+        assert compiled.cost.tokens == eager.cost.tokens
+
+    for num_groups, overlap in [(1, 0.0), (2, 0.0), (5, 0.5), (16, 0.0)]:
+        agree(num_groups, overlap)
+    traced = interpreted["unique_graphs"]
+    assert 1 <= traced <= 6
+    for num_groups, overlap in [(3, 0.0), (4, 0.25), (7, 0.5), (11, 0.75), (8, 1.0)]:
+        agree(num_groups, overlap)
+    assert interpreted["unique_graphs"] == traced, "other spans, nothing compiled again"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by the tracer
+def test_a_compiled_decoder_guides_streams_and_does_without_a_cache(make, interpreted):
+    decoder, plain = make(dtype=torch.float64), make(dtype=torch.float64)
+    decoder.compile()
+    ask = {"num_groups": 5, "overlap": 0.5, "steps": 3, "seed": 0, "guidance": 2.0}
+    expected = plain.decode(LABEL, **ask).image
+    assert relative(decoder.decode(LABEL, **ask).image, expected) < 1e-12
+    assert relative(decoder.decode(LABEL, cache=False, **ask).image, expected) < 1e-12
+    *_, last = decoder.stream(LABEL, **ask)
+    assert relative(last.image, expected) < 1e-12
+    assert decoder.loss(torch.zeros(2, 1, 8, 8, dtype=torch.float64)).isfinite()

@@ -2,7 +2,7 @@
 
 Token of group g sees the tokens of groups <= g, each at its own noise level. A finished group never
 changes again, so its keys and values, once written while it was clean, are final: caching is exact.
-The cache is one tensor `[depth, 2, B, heads, N, width / heads]`, `2 depth N width` numbers an
+The cache is two tensors `[B, heads, N, width / heads]` a layer, `2 depth N width` numbers an
 example, allocated once; a single group needs none.
 
 The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rolldiff.layout import Layout
+from rolldiff.nn.blocks import Block, Memory, norm
+from rolldiff.nn.graphs import Graphs
 
 __all__ = ["Transformer"]
 
@@ -32,9 +34,11 @@ class _Context:
     group: Int[Tensor, "*B N"]
     modulation: Float[Tensor, "C 1 mods"]
     bias: Float[Tensor, "B 1 N N"] | None = None
-    memory: Tensor | None = None  # keys and values, [depth, 2, B, heads, N, size]
+    memory: list[Memory] | None = None
     cached: int | None = None
     groups: list[int] = field(default_factory=list)
+    start: Int[Tensor, ""] | None = None  # of the span, where shapes are to stay the same
+    graphs: Graphs = field(default_factory=Graphs)
 
 
 class Transformer(nn.Module):
@@ -88,11 +92,14 @@ class Transformer(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
         self.time = _Time(width, 6 * width)
         self.label = nn.Embedding(num_classes + 1, 6 * width)
-        self.blocks = _Blocks(_Block(width, heads, int(mlp_ratio * width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, int(mlp_ratio * width)) for _ in range(depth)
+        )
         self.head = nn.Linear(width, layout.token_dim)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self._fixed_shapes = False
         # No buffer: angles stay in float32 whatever the weights are turned into.
         self._angles = _angles(layout.coords, width // heads)
 
@@ -110,9 +117,7 @@ class Transformer(nn.Module):
         cond = torch.tensor([null], device=order.device) if cond is None else cond
         width = self.place.shape[1]
         # All but the first part of the modulation are factors, and start from 1.
-        ones = torch.ones(6 * width, device=order.device).index_fill_(
-            0, torch.arange(width, device=order.device), 0
-        )
+        ones = F.pad(self.place.new_ones(5 * width), (width, 0))
         angle = self._angles.to(order.device)[order]
         cos, sin = angle.cos(), angle.sin()
         context = _Context(
@@ -127,12 +132,32 @@ class Transformer(nn.Module):
         elif self.causal:
             context.bias = _bias(group, group)[:, None]
             context.cos, context.sin = context.cos[:, None], context.sin[:, None]
+        if batch is not None and self._fixed_shapes:
+            context.start = torch.zeros((), dtype=torch.long, device=order.device)
         if batch is not None and self.causal:
             context.cached = 0
             if context.groups[-1] > 0:  # a single group is never read again
-                shape = (len(self.blocks), 2, batch, self.heads, len(order), width // self.heads)
-                context.memory = torch.empty(shape, device=order.device, dtype=dtype)
+                shape = (batch, self.heads, len(order), width // self.heads)
+
+                def buffer() -> Tensor:
+                    return torch.zeros(shape, device=order.device, dtype=dtype)
+
+                context.memory = [(buffer(), buffer()) for _ in self.blocks]
         return context
+
+    def compile(self, *, mode: str | None = None) -> None:
+        """Compile the block, in place; names of weights stay as they are.
+
+        From then on a decode addresses the cache by tensors, not by numbers, so shapes depend on
+        the size of the span alone and the functions serve every place; on CUDA the calls of a
+        decode are replayed as CUDA graphs. The price is that attention reads the whole cache.
+
+        Args:
+            mode: see `torch.compile`.
+        """
+        self._fixed_shapes = True
+        for block in self.blocks:  # one after another: they share what is compiled
+            block.compile(mode=mode, dynamic=True)
 
     def embed_time(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T E"]:
         """See `Backbone.embed_time`."""
@@ -146,30 +171,40 @@ class Transformer(nn.Module):
         start: int = 0,
     ) -> Float[Tensor, "B2 n D"]:
         """See `Backbone.__call__`."""
-        stop = start + x_t.shape[1]
-        h = self.embed(x_t.to(self.embed.weight.dtype)) + context.place[..., start:stop, :]
+        if (first := context.start) is None:
+            return self._span(context, slice(start, start + x_t.shape[1]), x_t, time)
+        first.fill_(start)
+
+        def anywhere(x_t: Tensor, time: Tensor) -> Tensor:
+            span = first + torch.arange(x_t.shape[1], device=x_t.device)
+            return self._span(context, span, x_t, time)
+
+        return context.graphs(anywhere, x_t, time)
+
+    def _span(self, context: _Context, span: slice | Tensor, x_t: Tensor, time: Tensor) -> Tensor:
+        h = self.embed(x_t.to(self.embed.weight.dtype)) + context.place[..., span, :]
         copies = max(1, len(context.modulation) // len(x_t))
         if copies > 1:  # guidance: the branches share all that comes before the condition
             h = h.repeat(copies, 1, 1)
         width = h.shape[-1]
         added, scale, inner = (time + context.modulation).split((width, width, 4 * width), dim=-1)
-        h = self.blocks(
-            h + added,
-            inner,
-            context.cos[..., start:stop, :],
-            context.sin[..., start:stop, :],
-            self._mask(context, start, stop),
-            context.memory,
-            start,
-        )
-        return self.head(_norm(h) * scale)
+        cos, sin = context.cos[..., span, :], context.sin[..., span, :]
+        bias = self._mask(context, span)
+        h = h + added
+        for layer, block in enumerate(self.blocks):
+            memory = None if context.memory is None else context.memory[layer]
+            h = block(h, inner, cos, sin, bias, memory, span)
+        return self.head(norm(h) * scale)
 
-    def _mask(self, context: _Context, start: int, stop: int) -> Tensor | None:
+    def _mask(self, context: _Context, span: slice | Tensor) -> Tensor | None:
         if not self.causal or context.bias is not None:
             return context.bias
-        if context.groups[start] == context.groups[stop - 1]:
+        if isinstance(span, Tensor):
+            several = context.groups[-1] > 0
+            return _bias(context.group[span], context.group) if several else None
+        if context.groups[span.start] == context.groups[span.stop - 1]:
             return None  # one group: it sees all that is there
-        return _bias(context.group[start:stop], context.group[:stop])
+        return _bias(context.group[span], context.group[: span.stop])
 
 
 class _Time(nn.Module):
@@ -187,71 +222,6 @@ class _Time(nn.Module):
         angle = t[..., None] * (torch.pi * 2.0**octave)
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.hidden.weight.dtype)
         return self.out(F.silu(self.hidden(features)))
-
-
-class _Blocks(nn.ModuleList):
-    """The blocks as one module, which is what `compile` turns into one function."""
-
-    def forward(
-        self,
-        h: Tensor,
-        modulation: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor | None,
-        memory: Tensor | None,
-        start: int,
-    ) -> Tensor:
-        for layer, block in enumerate(self):
-            kept = None if memory is None else memory[layer]
-            h = block(h, modulation, cos, sin, bias, kept, start)
-        return h
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.table = nn.Parameter(torch.zeros(4, width))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, width // heads))
-        self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(
-        self,
-        h: Tensor,
-        modulation: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor | None,
-        memory: Tensor | None,
-        start: int,
-    ) -> Tensor:
-        scale_1, gate_1, scale_2, gate_2 = (modulation + self.table.flatten()).chunk(4, dim=-1)
-        qkv = self.qkv(_norm(h) * scale_1).unflatten(-1, (3, self.heads, -1))
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, n, size]
-        qk = _norm(qkv[:2]) * self.qk_scale[:, None, None]
-        # Turn each pair (a, b) of a head: (a cos - b sin, b cos + a sin).
-        qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
-        q, k = qk.to(qkv.dtype).unbind(0)
-        v = qkv[2]
-        if memory is not None:
-            stop = start + k.shape[2]
-            memory[0, :, :, start:stop] = k
-            memory[1, :, :, start:stop] = v
-            k, v = memory[0, :, :, :stop], memory[1, :, :, :stop]
-        bias = bias if bias is None else bias.to(q.dtype)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).flatten(-2)))
-        return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(_norm(h) * scale_2))))
-
-
-def _norm(h: Tensor) -> Tensor:
-    return F.layer_norm(h, h.shape[-1:])
 
 
 def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:

@@ -1,0 +1,68 @@
+"""The block of the transformer: attention with a memory of what is finished, and feed-forward.
+
+A span of tokens is given by a slice, or by a tensor of their places: the first reads no more of the
+memory than it must, the second keeps all shapes the same wherever the span is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Block", "Memory", "norm"]
+
+Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N, size]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each scaled before and gated after by the modulation."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.table = nn.Parameter(torch.zeros(4, width))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(2, 1, width // heads))
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor | None,
+        memory: Memory | None,
+        span: slice | Tensor,
+    ) -> Tensor:
+        scale_1, gate_1, scale_2, gate_2 = (modulation + self.table.flatten()).chunk(4, dim=-1)
+        batch, n, width = h.shape
+        qkv = self.qkv(norm(h) * scale_1).view(batch, n, 3, self.heads, width // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, n, size]
+        qk = norm(qkv[:2]) * self.qk_scale[:, None, None]
+        # Turn each pair (a, b) of a head: (a cos - b sin, b cos + a sin).
+        qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
+        q, k = qk.to(qkv.dtype).unbind(0)
+        v = qkv[2]
+        if memory is not None:
+            k, v = (_remember(kept, new, span) for kept, new in zip(memory, (k, v), strict=True))
+        bias = bias if bias is None else bias.to(q.dtype)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).reshape(h.shape)))
+        return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(norm(h) * scale_2))))
+
+
+def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:
+    """Write what the span adds; what a token of the span may see."""
+    if isinstance(span, Tensor):
+        return kept.index_copy_(2, span, new)
+    kept.narrow(2, span.start, new.shape[2]).copy_(new)
+    return kept.narrow(2, 0, span.stop)
+
+
+def norm(h: Tensor) -> Tensor:
+    """Zero mean, unit variance over the channels."""
+    return F.layer_norm(h, h.shape[-1:])
