@@ -83,8 +83,8 @@ class Timetable:
         )
         self._table = torch.stack(fields)[..., None].to(like)
         self._embedding = t[:, None] if embed is None else embed(t.to(like))
-        columns = zip(*(field.split(1) for field in self._table), strict=True)
-        self._alone = [_level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
+        columns = enumerate(self._table[..., None].unbind(1))
+        self._alone = [_level(slice(a, a + 1), *column.unbind(0)) for a, column in columns]
         self._levels: dict[tuple[int, ...], Level] = {}
 
     @property
