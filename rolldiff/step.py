@@ -67,7 +67,8 @@ def _at(s: Level, estimate: Estimate) -> Tensor:
 
 
 def _velocity(t: Level, estimate: Estimate) -> Tensor:
-    return t.d_alpha * estimate.x + t.d_sigma * estimate.eps
+    d_alpha, d_sigma = t.rates
+    return d_alpha * estimate.x + d_sigma * estimate.eps
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,35 @@ KEPT = 64
 class Level(NamedTuple):
     """The local times of some tokens and what the noise schedule says of them.
 
-    `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all of them have the same time. `rows` are
-    where in the table this was taken from.
+    Fields are `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all have the same time. A step
+    wants few of them, so they are taken from the table when asked for.
     """
 
-    rows: slice | Tensor
-    t: Float[Tensor, "n 1"]
-    alpha: Float[Tensor, "n 1"]
-    sigma: Float[Tensor, "n 1"]
-    d_alpha: Float[Tensor, "n 1"]
-    d_sigma: Float[Tensor, "n 1"]
-    inverse: Inverse
+    rows: slice | Tensor  # where in the table this comes from
+    schedule: Float[Tensor, "5 n 1"]
+    solution: Float[Tensor, "4 n 1"]
+
+    @property
+    def t(self) -> Float[Tensor, "n 1"]:
+        return self.schedule[0]
+
+    @property
+    def alpha(self) -> Float[Tensor, "n 1"]:
+        return self.schedule[1]
+
+    @property
+    def sigma(self) -> Float[Tensor, "n 1"]:
+        return self.schedule[2]
+
+    @property
+    def rates(self) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n 1"]]:
+        """`(alpha', sigma')`."""
+        return self.schedule[3], self.schedule[4]
+
+    @property
+    def inverse(self) -> Inverse:
+        """The inverse of the prediction."""
+        return Inverse(*self.solution.unbind(0))
 
 
 class Timetable:
@@ -74,17 +92,12 @@ class Timetable:
         self._sizes = [b - a for a, b in pairwise(self.ends)]
         # Whole numbers until the division, and float64 until the last: the ends are exact.
         t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-        fields = (
-            t,
-            noise.alpha(t),
-            noise.sigma(t),
-            *noise.rates(t),
-            *inverse(prediction, noise, t),
-        )
-        self._table = torch.stack(fields)[..., None].to(like)
+        fields = torch.stack([t, noise.alpha(t), noise.sigma(t), *noise.rates(t)])
+        self._schedule = fields[..., None].to(like)
+        self._solution = torch.stack(inverse(prediction, noise, t))[..., None].to(like)
         self._embedding = t[:, None] if embed is None else embed(t.to(like))
-        columns = enumerate(self._table[..., None].unbind(1))
-        self._alone = [_level(slice(a, a + 1), *column.unbind(0)) for a, column in columns]
+        columns = zip(self._schedule.split(1, 1), self._solution.split(1, 1), strict=True)
+        self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
         self._levels: dict[tuple[int, ...], Level] = {}
 
     @property
@@ -115,20 +128,9 @@ class Timetable:
         level = self._levels.get(key)
         if level is None:
             sizes = torch.tensor(self._sizes[groups])
-            rows = torch.tensor(ages).repeat_interleave(sizes).to(self._table.device)
+            rows = torch.tensor(ages).repeat_interleave(sizes).to(self._schedule.device)
             if len(self._levels) == KEPT:
                 self._levels.clear()
-            level = self._levels[key] = _level(rows, *self._table[:, rows].unbind(0))
+            level = Level(rows, self._schedule[:, rows], self._solution[:, rows])
+            self._levels[key] = level
         return level
-
-
-def _level(
-    rows: slice | Tensor,
-    t: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    d_alpha: Tensor,
-    d_sigma: Tensor,
-    *by: Tensor,
-) -> Level:
-    return Level(rows, t, alpha, sigma, d_alpha, d_sigma, Inverse(*by))
