@@ -12,39 +12,18 @@ a ratio is the median of the ratios of the turns, so a noisy machine hurts both 
 import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import engine_peers
 import torch
-from torch import Tensor, nn
+from engine_card import Card, Cases, in_turns, machine, now, readable
+from engine_loops import Pointwise, bare_loop, decoder, every_token
 
-from rolldiff import Decoder, Patches, Training, Transformer
-
-# What each figure must reach on two CPU cores: at least, at most.
-REACH = {
-    "g16_cached_over_joint": (0, 1.5),
-    "g16_uncached_over_cached": (15, math.inf),
-    "g64_cached_over_joint": (0, 2.5),
-    "overlap_half_cached_over_joint": (0, 1.6),
-    "first_group_over_total": (0, 0.1),
-    "loop_overhead": (0, 1.03),
-    "loop_overhead_us": (-math.inf, 40),
-    "small_g4_cached_over_joint": (0, 1.3),
-    "small_g16_cached_over_joint": (0, 2.5),
-    "max_relative_difference": (0, 1e-5),
-    "growth_g16_minus_joint": (-math.inf, 0),
-}
-
-Turns = dict[str, list[float]]
-Cases = dict[str, Callable[[], object]]
+from rolldiff import Decoded, Decoder, Patches
 
 
 @dataclass(frozen=True)
@@ -70,107 +49,13 @@ class Sizes:
 QUICK = Sizes(8, 24, 2, 2, 2, 2, 8, 24, 2, 2, (4, 8), (1, 4, 16, 64), 2, 1)
 
 
-@dataclass
-class Card:
-    """Each figure with its range over the turns, and the table of the README."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
-    table: list[dict[str, Any]] = field(default_factory=list)
-
-    def put(self, key: str, values: Sequence[float]) -> None:
-        self.figures[key] = statistics.median(values)
-        self.spread[key] = (min(values), max(values))
-
-    def ratio(self, key: str, turns: Turns, over: str, under: str) -> None:
-        pairs = zip(turns[over], turns[under], strict=True)
-        self.put(key, [a / b for a, b in pairs])
-
-
-def in_turns(cases: Cases, turns: int, *, device: torch.device) -> Turns:
-    """Seconds of each case, `turns` times, one after another; a first time is not counted."""
-    seconds: Turns = {name: [] for name in cases}
-    for turn in range(turns + 1):
-        for name, case in cases.items():
-            start = _now(device)
-            case()
-            if turn:
-                seconds[name].append(_now(device) - start)
-    return seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def decoder(side: int, width: int, depth: int, heads: int, device: torch.device) -> Decoder:
-    """Random weights that let every token matter to every other."""
-    torch.manual_seed(0)
-    layout = Patches(side, channels=3, patch=1)
-    model = Decoder(
-        layout,
-        Transformer(layout, width=width, depth=depth, heads=heads),
-        prediction="velocity",
-        training=Training(num_groups=[g for g in (1, 4, 16, 64, 256, 1024) if g <= side**2]),
-    )
-    for parameter in model.backbone.parameters():
-        nn.init.normal_(parameter, std=0.03)
-    model.to(device).eval()
-    if device.type == "cuda":
-        model.compile()
-    return model
-
-
-def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
-    """Euler's rule around the network of a velocity, and nothing else."""
-    backbone, layout, device = model.backbone, model.layout, model.device
-    noise = torch.randn(batch, layout.num_tokens, layout.token_dim, device=device)
-    order = torch.arange(layout.num_tokens, device=device)
-    times = torch.linspace(1, 0, steps + 1, device=device)
-
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else None
-
-    @torch.no_grad()
-    @torch.autocast(device.type, dtype, enabled=cuda)
-    def loop() -> Tensor:
-        x_t, time = noise, backbone.embed_time(times)
-        context = backbone.prepare(order, torch.zeros_like(order), batch=batch, dtype=dtype)
-        for i in range(steps):
-            x_t = x_t - backbone(x_t, time[i : i + 1], context) / steps
-        return x_t
-
-    return loop
-
-
-class Pointwise(nn.Module):
-    """A network that costs nothing, to see what the loop around it does."""
-
-    causal = True
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        return t[..., None]
-
-    def prepare(self, *place: Any, **settings: Any) -> SimpleNamespace:
-        return SimpleNamespace(cached=None)
-
-    def forward(self, x_t: Tensor, time: Tensor, context: Any, start: int = 0) -> Tensor:
-        return self.linear(x_t) + time
-
-
 def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
     """One network, decoded in few and in many groups."""
     model = decoder(sizes.side, sizes.width, sizes.depth, sizes.heads, device)
     batch, steps = sizes.batch, sizes.steps
 
-    def decode(num_groups: int, overlap: float = 0.0, *, cache: bool = True) -> Callable:
-        return lambda: model.decode(
+    def decode(num_groups: int, overlap: float = 0.0, *, cache: bool = True) -> Decoded:
+        decoded = model.decode(
             num_images=batch,
             num_groups=num_groups,
             overlap=overlap,
@@ -178,14 +63,19 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
             seed=0,
             cache=cache,
         )
+        row = {"num_groups": num_groups, "overlap": decoded.overlap, "cache": cache}
+        rows[tuple(row.values())] = row | asdict(decoded.cost)
+        return decoded
 
+    rows: dict[tuple, dict[str, Any]] = {}
+    joint = {"bare": bare_loop(model, batch, steps), "joint": lambda: decode(1)}
+    card.ratio("loop_overhead", in_turns(joint, 2 * sizes.turns, device=device), "joint", "bare")
     turns = in_turns(
         {
-            "bare": bare_loop(model, batch, steps),
-            "joint": decode(1),
-            "g16": decode(16),
-            "half": decode(16, 0.5),
-            "g64": decode(64),
+            "joint": lambda: decode(1),
+            "g16": lambda: decode(16),
+            "half": lambda: decode(16, 0.5),
+            "g64": lambda: decode(64),
         },
         sizes.turns,
         device=device,
@@ -193,40 +83,46 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
     card.ratio("g16_cached_over_joint", turns, "g16", "joint")
     card.ratio("g64_cached_over_joint", turns, "g64", "joint")
     card.ratio("overlap_half_cached_over_joint", turns, "half", "joint")
-    card.ratio("loop_overhead", turns, "joint", "bare")
-    slow = in_turns({"plain": decode(16, cache=False), "g16": decode(16)}, 1, device=device)
-    card.ratio("g16_uncached_over_cached", slow, "plain", "g16")
-
     card.put("first_group_over_total", [_first(model, sizes, device) for _ in range(sizes.turns)])
-    differences = []
+
+    differences, seconds = [], []
     for overlap in (0.0, 0.5):
-        kept, plain = (decode(16, overlap, cache=cache)().image for cache in (True, False))
-        differences.append(((kept - plain).norm() / plain.norm()).item())
+        kept, plain = decode(16, overlap), decode(16, overlap, cache=False)
+        differences.append(((kept.image - plain.image).norm() / plain.image.norm()).item())
+        seconds.append(plain.cost.seconds / kept.cost.seconds)
     card.put("max_relative_difference", [max(differences)])
+    card.put("g16_uncached_over_cached", seconds[:1])
+    everything = in_turns(
+        {"all": every_token(model, 16, sizes.batch, sizes.steps), "g16": lambda: decode(16)},
+        1,
+        device=device,
+    )
+    card.ratio("g16_every_token_over_cached", everything, "all", "g16")
 
     for num_groups in sizes.groups:
-        decoded = decode(num_groups)()
-        card.table.append({"num_groups": num_groups, "overlap": 0.0, **asdict(decoded.cost)})
-        card.table[-1]["images"] = batch
-    pixel = card.table[-1]["seconds"] / batch
-    card.put("pixel_ar_seconds_per_image", [pixel])
-    card.put("pixel_ar_tokens_per_second", [card.table[-1]["tokens"] / pixel])
-    for overlap, cache in ((0.5, True), (0.0, False)):
-        cost = decode(16, overlap, cache=cache)().cost
-        card.table.append({"num_groups": 16, "overlap": overlap, **asdict(cost), "images": batch})
+        decode(num_groups)
+    card.table = [row | {"images": batch} for _, row in sorted(rows.items(), key=_by_groups)]
+    pixel = rows[sizes.groups[-1], 0.0, True]
+    card.put("pixel_ar_seconds_per_image", [pixel["seconds"] / batch])
+    card.put("pixel_ar_tokens_per_second", [pixel["tokens"] * batch / pixel["seconds"]])
+
+
+def _by_groups(item: tuple[tuple, Any]) -> tuple:
+    (num_groups, overlap, cache), _ = item
+    return not cache, num_groups, overlap
 
 
 def _first(model: Decoder, sizes: Sizes, device: torch.device) -> float:
     """Seconds to the first finished group of 16, over seconds to the last."""
-    start, first = _now(device), None
+    start, first = now(device), None
     frames = model.stream(
         num_images=sizes.batch, num_groups=16, steps=sizes.steps, seed=0, preview=False
     )
     for frame in frames:
         if first is None and frame.finished.any():
-            first = _now(device) - start
+            first = now(device) - start
     assert first is not None
-    return first / (_now(device) - start)
+    return first / (now(device) - start)
 
 
 def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:
@@ -239,11 +135,12 @@ def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:
         )
         for num_groups in (1, 4, 16)
     }
-    found = engine_peers.loops(*shape, steps=steps, device=device)
-    turns = in_turns(cases | found, 2 * sizes.turns, device=device)
+    turns = in_turns(cases, 4 * sizes.turns, device=device)
     for name in ("g4", "g16"):
         card.ratio(f"small_{name}_cached_over_joint", turns, name, "g1")
     card.put("small_joint_seconds", turns["g1"])
+    found = engine_peers.loops(*shape, steps=steps, device=device)
+    turns = in_turns(found | {"g1": cases["g1"]}, sizes.few, device=device)
     for name in found:
         card.ratio(f"small_{name}_over_joint", turns, name, "g1")
 
@@ -314,49 +211,8 @@ def measure(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "spread": {prefix + key: value for key, value in card.spread.items()},
         "table": card.table,
         "sizes": asdict(sizes),
-        "machine": _machine(device, cores),
+        "machine": machine(device, cores),
     }
-
-
-def _machine(device: torch.device, cores: int) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif (info := Path("/proc/cpuinfo")).exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
-    )
-    return {
-        "device": name,
-        "threads": {"groups and growth": cores, "small and loop": 1},
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def readable(card: dict[str, Any]) -> str:
-    """The card as two tables."""
-    machine = card["machine"]
-    threads = ", ".join(f"{count} for {what}" for what, count in machine["threads"].items())
-    lines = [f"{machine['device']}, torch {machine['torch']}, threads: {threads}", ""]
-    for key, (low, high) in card["spread"].items():
-        least, most = REACH.get(key.removeprefix("cuda_"), (None, None))
-        wanted = ""
-        if least is not None and most is not None:
-            rule = f"at most {most:g}" if most < math.inf else f"at least {least:g}"
-            wanted = f"{rule}: {'reached' if least <= card[key] <= most else 'MISSED'}"
-        lines.append(f"{key:38} {card[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
-    lines += ["", "num_groups  overlap  cached     nfe  tokens  seconds"]
-    lines += [
-        f"{row['num_groups']:10}  {row['overlap']:7g}  {row['cached']!s:6}  {row['nfe']:6}"
-        f"  {row['tokens']:6}  {row['seconds']:7.2f}"
-        for row in card["table"]
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:

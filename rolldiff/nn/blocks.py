@@ -20,11 +20,11 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.table = nn.Parameter(torch.zeros(4, width))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.qk_scale = nn.Parameter(torch.ones(2, 1, width // heads))
-        self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.out = Linear(width, width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 
@@ -53,6 +53,22 @@ class Block(nn.Module):
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).reshape(h.shape)))
         return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(norm(h) * scale_2))))
+
+
+class Linear(nn.Module):
+    """`x W + b`, the weight stored as `[in, out]`.
+
+    With few rows, as in a small group, a CPU reads it faster so than the other way round.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
+        super().__init__()
+        edge = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-edge, edge))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-edge, edge)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.mT, self.bias)
 
 
 def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:

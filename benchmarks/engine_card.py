@@ -1,0 +1,118 @@
+"""What the card of the engine must reach, how it takes times, and how it prints them."""
+
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What each figure must reach on two CPU cores: at least, at most.
+REACH = {
+    "g16_cached_over_joint": (0, 1.5),
+    "g16_uncached_over_cached": (15, math.inf),
+    "g64_cached_over_joint": (0, 2.5),
+    "overlap_half_cached_over_joint": (0, 1.6),
+    "first_group_over_total": (0, 0.1),
+    "loop_overhead": (0, 1.03),
+    "loop_overhead_us": (-math.inf, 40),
+    "small_g4_cached_over_joint": (0, 1.3),
+    "small_g16_cached_over_joint": (0, 2.5),
+    "max_relative_difference": (0, 1e-5),
+    "growth_g16_minus_joint": (-math.inf, 0),
+}
+
+Turns = dict[str, list[float]]
+Cases = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Card:
+    """Each figure with its range over the turns, and the table of the README."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+    def put(self, key: str, values: Sequence[float]) -> None:
+        self.figures[key] = statistics.median(values)
+        self.spread[key] = (min(values), max(values))
+
+    def ratio(self, key: str, turns: Turns, over: str, under: str) -> None:
+        pairs = zip(turns[over], turns[under], strict=True)
+        self.put(key, [a / b for a, b in pairs])
+
+
+def in_turns(cases: Cases, turns: int, *, device: torch.device) -> Turns:
+    """Seconds of each case, `turns` times, one after another; a first time is not counted."""
+    seconds: Turns = {name: [] for name in cases}
+    for turn in range(turns + 1):
+        for name, case in cases.items():
+            start = now(device)
+            case()
+            if turn:
+                seconds[name].append(now(device) - start)
+    return seconds
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def machine(device: torch.device, cores: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif (info := Path("/proc/cpuinfo")).exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
+    )
+    return {
+        "device": name,
+        "threads": {"groups and growth": cores, "small and loop": 1},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def readable(card: dict[str, Any]) -> str:
+    """The card as two tables."""
+    machine = card["machine"]
+    threads = ", ".join(f"{count} for {what}" for what, count in machine["threads"].items())
+    lines = [f"{machine['device']}, torch {machine['torch']}, threads: {threads}", ""]
+    for key, (low, high) in card["spread"].items():
+        least, most = REACH.get(key.removeprefix("cuda_"), (None, None))
+        wanted = ""
+        if least is not None and most is not None:
+            rule = f"at most {most:g}" if most < math.inf else f"at least {least:g}"
+            wanted = f"{rule}: {'reached' if least <= card[key] <= most else 'MISSED'}"
+        lines.append(f"{key:38} {card[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
+    return "\n".join([*lines, "", markdown(card)])
+
+
+def markdown(card: dict[str, Any]) -> str:
+    """The table of the README."""
+    lines = [
+        "| num_groups | overlap | cache | nfe | tokens | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in card["table"]:
+        overlap = f"{row['overlap']:g}" if row["num_groups"] > 1 else "–"
+        lines.append(
+            f"| {row['num_groups']} | {overlap} | {'yes' if row['cache'] else 'no'} "
+            f"| {row['nfe']:,} | {row['tokens']:,} | {row['seconds']:.2f} |"
+        )
+    return "\n".join(lines)

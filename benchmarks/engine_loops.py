@@ -1,0 +1,100 @@
+"""The networks and loops that the card of the engine times."""
+
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rolldiff import Decoder, Euler, Grouping, Patches, RollingSchedule, Training, Transformer
+from rolldiff.denoiser import Denoiser
+from rolldiff.prediction import Estimate, solve
+from rolldiff.sampler import sample
+from rolldiff.timetable import Timetable
+
+
+def decoder(side: int, width: int, depth: int, heads: int, device: torch.device) -> Decoder:
+    """Random weights that let every token matter to every other."""
+    torch.manual_seed(0)
+    layout = Patches(side, channels=3, patch=1)
+    model = Decoder(
+        layout,
+        Transformer(layout, width=width, depth=depth, heads=heads),
+        prediction="velocity",
+        training=Training(num_groups=[g for g in (1, 4, 16, 64, 256, 1024) if g <= side**2]),
+    )
+    for parameter in model.backbone.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    model.to(device).eval()
+    if device.type == "cuda":
+        model.compile()
+    return model
+
+
+def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
+    """Euler's rule around the network of a velocity, and nothing else."""
+    backbone, layout, device = model.backbone, model.layout, model.device
+    noise = torch.randn(batch, layout.num_tokens, layout.token_dim, device=device)
+    order = torch.arange(layout.num_tokens, device=device)
+    times = torch.linspace(1, 0, steps + 1, device=device)
+
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else None
+
+    @torch.no_grad()
+    @torch.autocast(device.type, dtype, enabled=cuda)
+    def loop() -> Tensor:
+        x_t, time = noise, backbone.embed_time(times)
+        context = backbone.prepare(order, torch.zeros_like(order), batch=batch, dtype=dtype)
+        for i in range(steps):
+            x_t = x_t - backbone(x_t, time[i : i + 1], context) / steps
+        return x_t
+
+    return loop
+
+
+class Pointwise(nn.Module):
+    """A network that costs nothing, to see what the loop around it does."""
+
+    causal = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return t[..., None]
+
+    def prepare(self, *place: Any, **settings: Any) -> SimpleNamespace:
+        return SimpleNamespace(cached=None)
+
+    def forward(self, x_t: Tensor, time: Tensor, context: Any, start: int = 0) -> Tensor:
+        return self.linear(x_t) + time
+
+
+def every_token(model: Decoder, num_groups: int, batch: int, steps: int) -> Callable[[], Tensor]:
+    """Groups with all tokens in every call, those that wait too: no thought, no cache."""
+    layout, num_tokens = model.layout, model.layout.num_tokens
+    schedule, order = RollingSchedule(num_groups), torch.arange(num_tokens, device=model.device)
+    group = Grouping(num_tokens, num_groups).group.to(model.device)
+    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
+
+    @torch.no_grad()
+    def decode() -> Tensor:
+        noise = torch.randn(batch, num_tokens, layout.token_dim, device=model.device)
+        context = model.backbone.prepare(order, group)
+
+        def denoise(x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
+            y = model.backbone(x_t, timetable.time(0, num_tokens), context)
+            inverse = timetable.level(*span).inverse
+            return solve(y[:, slice(*span)], x_t[:, slice(*span)], inverse)
+
+        timetable = denoiser.timetable(schedule, steps, num_tokens, like=noise)
+        states = sample(
+            denoise, noise, timetable=timetable, step=Euler(), draw=lambda n: noise[:, :n]
+        )
+        return deque(states, maxlen=1).pop().x_t
+
+    return decode
