@@ -69,7 +69,7 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
 
     rows: dict[tuple, dict[str, Any]] = {}
     joint = {"bare": bare_loop(model, batch, steps), "joint": lambda: decode(1)}
-    card.ratio("loop_overhead", in_turns(joint, 2 * sizes.turns, device=device), "joint", "bare")
+    card.ratio("loop_overhead", in_turns(joint, 4 * sizes.turns, device=device), "joint", "bare")
     turns = in_turns(
         {
             "joint": lambda: decode(1),
