@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -106,7 +106,10 @@ def _decode(cfg: DictConfig) -> None:
         "step": instantiate(cfg.step),
         "guidance": cfg.guidance,
         "seed": cfg.seed,
+        "dtype": _dtype(cfg.dtype),
     }
+    if cfg.compile:
+        decoder.compile()
     if out.suffix.lower() == ".gif":
         frames = decoder.stream(cond, frames=cfg.frames, **ask)
         film((sheet(frame.image) for frame in frames), out)
@@ -119,6 +122,15 @@ def _decode(cfg: DictConfig) -> None:
         f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
         f"{cost.tokens} token evaluations an image, {cost.seconds:.2f} s"
     )
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    dtype = None if name is None else getattr(torch, str(name), name)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return dtype
 
 
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {"train": _train, "decode": _decode}
