@@ -131,7 +131,7 @@ def refused(status, stderr, words):
         (["decode", "ckpt=good", "order=sideways"], "order must be one of"),
         (["decode", "ckpt=good", "out=a.jpg"], "out must end in .png or .gif"),
         (["decode", "ckpt=good", "out=no/such/a.png"], "out must be in a folder that exists"),
-        (["decode", "ckpt=good", "dtype=int7"], "dtype must be float32, bfloat16"),
+        (["decode", "ckpt=good", "dtype=fast"], "dtype must be float32, bfloat16"),
         (["decode", "ckpt=good", "dtype=float64"], "dtype must be torch.bfloat16 or"),
         (["decode", "ckpt=cut"], "damaged"),
         (["decode", "ckpt=foreign.ckpt"], "not a checkpoint of this library"),
