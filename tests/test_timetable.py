@@ -43,6 +43,8 @@ def test_levels_are_those_of_the_scheduling_matrix(num_groups, overlap, steps, d
     if row < times.rows:
         ahead = times.level(lo, hi, ahead=1).t.expand_as(t)
         torch.testing.assert_close(ahead, (t - 1 / steps).clamp(min=0))
+    behind = times.level(lo, hi, ahead=-1).t.expand_as(t)
+    torch.testing.assert_close(behind, (t + 1 / steps).clamp(max=1))
 
 
 def test_few_levels_are_kept():

@@ -90,6 +90,21 @@ def test_places_follow_the_order():
     torch.testing.assert_close(shuffled, y[:, order])
 
 
+def test_places_are_rotations():
+    """The product of a query and a key depends on how far apart they are, not on where."""
+    context = network().prepare(torch.arange(16), Grouping(16, 1).group)
+    q, k = torch.randn(2, 8)
+
+    def turned(x, place):
+        return torch.addcmul(x * context.cos[place], x.roll(4), context.sin[place])
+
+    # A row down and a column to the right, from three corners of the 4 x 4 grid.
+    products = [turned(q, place) @ turned(k, place + 5) for place in (0, 2, 10)]
+    for product in products[1:]:
+        torch.testing.assert_close(product, products[0], rtol=1e-4, atol=1e-5)
+    assert (turned(q, 0) @ turned(k, 1) - products[0]).abs() > 1e-3
+
+
 def test_labels_and_times_matter():
     net = network(num_classes=3)
     x, one = torch.randn(2, 16, 1, dtype=torch.float64), Grouping(16, 1).group
