@@ -1,6 +1,6 @@
 """Distances between sets of images."""
 
-from rolldiff.metrics.frechet import FrechetDistance, frechet_distance
+from rolldiff.metrics.frechet import FrechetDistance, distance_between, frechet_distance
 from rolldiff.metrics.kernel import KernelDistance, kernel_distance
 from rolldiff.metrics.neighbours import PrecisionRecall, precision_recall
 from rolldiff.metrics.seams import by_band, seams
@@ -10,6 +10,7 @@ __all__ = [
     "KernelDistance",
     "PrecisionRecall",
     "by_band",
+    "distance_between",
     "frechet_distance",
     "kernel_distance",
     "precision_recall",

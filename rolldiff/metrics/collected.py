@@ -8,6 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from rolldiff.metrics.frechet import check_features
+
 __all__ = ["Collected"]
 
 
@@ -33,10 +35,7 @@ class Collected(Metric):
 
     def update(self, features: Float[Tensor, "B F"], *, real: bool) -> None:
         """Add the features of a batch to one of the two sides."""
-        if features.ndim != 2 or features.shape[1] != self.features:
-            raise ValueError(
-                f"features must have shape (B, {self.features}), got {tuple(features.shape)}"
-            )
+        check_features(features, self.features)
         getattr(self, "real" if real else "fake").append(features.detach().float())
 
     def sides(self) -> tuple[Float[Tensor, "A F"], Float[Tensor, "B F"]]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["FrechetDistance", "frechet_distance"]
+__all__ = ["FrechetDistance", "check_features", "distance_between", "frechet_distance"]
 
 
 def frechet_distance(
@@ -27,6 +27,16 @@ def frechet_distance(
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+
+
+def check_features(features: Tensor, size: int) -> None:
+    """Refuse features that are not `[B, size]`.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if features.ndim != 2 or features.shape[1] != size:
+        raise ValueError(f"features must have shape (B, {size}), got {tuple(features.shape)}")
 
 
 class FrechetDistance(Metric):
@@ -56,10 +66,7 @@ class FrechetDistance(Metric):
 
     def update(self, features: Float[Tensor, "B F"], *, real: bool) -> None:
         """Add the features of a batch to one of the two sides."""
-        if features.ndim != 2 or features.shape[1] != self.features:
-            raise ValueError(
-                f"features must have shape (B, {self.features}), got {tuple(features.shape)}"
-            )
+        check_features(features, self.features)
         side = "real" if real else "fake"
         with torch.autocast(features.device.type, enabled=False):
             f = features.detach().double()
@@ -78,3 +85,11 @@ class FrechetDistance(Metric):
             cov = (getattr(self, f"{side}_outer") - count * mean.outer(mean)) / (count - 1)
             moments += [mean, cov]
         return frechet_distance(*moments)
+
+
+def distance_between(real: Tensor, fake: Tensor) -> float:
+    """The Fréchet distance in pixel space between two sets of images `[B, C, H, W]`."""
+    metric = FrechetDistance(real[0].numel())
+    metric.update(real.flatten(1), real=True)
+    metric.update(fake.flatten(1), real=False)
+    return float(metric.compute())
