@@ -100,8 +100,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._fixed_shapes = False
-        # No buffer: angles stay in float32 whatever the weights are turned into.
-        self._angles = _angles(layout.coords, width // heads)
+        # No buffer: rotations stay in float32 whatever the weights are turned into.
+        self._rotation = _rotation(layout.coords, width // heads)
 
     def prepare(
         self,
@@ -118,12 +118,11 @@ class Transformer(nn.Module):
         width = self.place.shape[1]
         # All but the first part of the modulation are factors, and start from 1.
         ones = F.pad(self.place.new_ones(5 * width), (width, 0))
-        angle = self._angles.to(order.device)[order]
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = self._rotation.to(order.device)[:, order]
         context = _Context(
             place=self.place[order],
-            cos=torch.cat([cos, cos], dim=-1),
-            sin=torch.cat([-sin, sin], dim=-1),
+            cos=cos,
+            sin=sin,
             group=group,
             modulation=(self.label(cond) + ones)[:, None],
         )
@@ -230,7 +229,9 @@ def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor,
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
-def _angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "N half"]:
-    """Rotary angles: half of a head's pairs turn with the row, half with the column."""
+def _rotation(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:
+    """Cosines and signed sines: half of a head's pairs turn with the row, half with the column."""
     frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
-    return (coords[:, 1:, None] * frequency).flatten(1)
+    angle = (coords[:, 1:, None] * frequency).flatten(1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
