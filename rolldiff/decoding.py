@@ -175,8 +175,6 @@ class Decoding:
                     yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-        if self.autocast is None:
-            return self.denoiser(x_t, timetable, self.context, span)
         with self._autocast():
             return self.denoiser(x_t, timetable, self.context, span)
 
