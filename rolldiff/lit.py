@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class LitDecoder(L.LightningModule):
         decoder: the decoder, or its configuration.
         optimizer: parameters to optimizer; AdamW with its defaults if there is none.
         warmup_steps: steps in which the learning rate rises from 0.
+        seed: of all that the loss draws; a batch draws the same whether the training ran through
+            or was resumed.
         decay: what follows until the trainer's `max_steps` (or `max_time`, where that ends first).
 
     Raises:
@@ -41,6 +44,7 @@ class LitDecoder(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         warmup_steps: int = 100,
         decay: Literal["constant", "cosine"] = "cosine",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if isinstance(decoder, dict):
@@ -56,9 +60,10 @@ class LitDecoder(L.LightningModule):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.decay = decay
+        self.seed = seed
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self._loss(batch, self._drawn_for_batch())
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {float(loss.detach())} at step {self.global_step}; "
@@ -77,7 +82,13 @@ class LitDecoder(L.LightningModule):
         schedule = LambdaLR(optimizer, lambda step: self._rate(step))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def _loss(self, batch: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def _drawn_for_batch(self) -> torch.Generator:
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        entropy = (self.seed, batches, self.global_rank)
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    def _loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         image, label = batch
         cond = label if self.decoder.condition.num_classes else None
         return self.decoder.loss(image, cond, generator=generator)

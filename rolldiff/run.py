@@ -16,7 +16,7 @@ from rolldiff.lit import LitDecoder
 from rolldiff.report import Summary, device_name, distances, floor, pictures
 from rolldiff.schedule import RollingSchedule
 
-__all__ = ["build", "train"]
+__all__ = ["build", "named_dtype", "train"]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -76,18 +76,26 @@ def train(cfg: DictConfig) -> Summary:
 
     decoder = lit.decoder.to(trainer.strategy.root_device).eval()
     decoder.save_pretrained(folder)
-    label = data.label if decoder.condition.num_classes else None
-    ask = {"label": label, "num_groups": list(cfg.report.num_groups), "steps": cfg.report.steps}
-    pictures(decoder, data.image, folder, seed=cfg.seed, **ask)
-    fd_pixels = distances(decoder, data.image, seed=cfg.seed, **ask)
+    image, label = data.image, data.label
+    if len(image) > cfg.report.samples:
+        generator = torch.Generator().manual_seed(cfg.seed)
+        some = torch.randperm(len(image), generator=generator)[: cfg.report.samples]
+        image, label = image[some], label[some]
+    ask = {
+        "label": label if decoder.condition.num_classes else None,
+        "num_groups": list(cfg.report.num_groups),
+        "steps": cfg.report.steps,
+    }
+    pictures(decoder, image, folder, seed=cfg.seed, **ask)
+    fd_pixels = distances(decoder, image, seed=cfg.seed, **ask)
     summary = Summary(
         seconds=time.perf_counter() - (clock.started or time.perf_counter()),
         images_seen=trainer.global_step * data.batch_size * trainer.world_size,
         steps=trainer.global_step,
         parameters=sum(p.numel() for p in decoder.parameters()),
         fd_pixels=fd_pixels,
-        fd_pixels_floor=floor(data.image),
-        samples=len(data.image),
+        fd_pixels_floor=floor(image),
+        samples=len(image),
         steps_per_group=cfg.report.steps,
         device=device_name(decoder.device),
         threads=torch.get_num_threads(),
@@ -97,3 +105,15 @@ def train(cfg: DictConfig) -> Summary:
     if wandb := sys.modules.get("wandb"):  # the next job of a sweep is a run of its own
         wandb.finish()
     return summary
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """What the network computes in, by its name in torch.
+
+    Raises:
+        ValueError: if torch has no such type.
+    """
+    dtype = None if name is None else getattr(torch, str(name), name)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return dtype

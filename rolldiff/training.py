@@ -102,10 +102,10 @@ class Training:
         group = groups[drawn.num_groups.to(x.device)]
         t = drawn.t.to(x).gather(1, group)
         x = x.gather(1, order[..., None].expand_as(x))
-        if generator is None:
-            eps = torch.randn_like(x)
-        else:
-            eps = torch.randn(x.shape, generator=generator).to(x)
+        if generator is not None and x.device.type != "cpu":  # drawn there, not carried there
+            number = int(torch.randint(2**62, (1,), generator=generator))
+            generator = torch.Generator(x.device).manual_seed(number)
+        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return Shown(order, group, t, x, eps, noise.perturb(x, eps, t))
 
     def beyond(self, num_groups: int, overlap: float, order: Order) -> list[str]:

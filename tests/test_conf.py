@@ -31,6 +31,12 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
     overrides = [f"{group}={name}"]
     if name in NETWORK:  # the shape is what matters here, not the minutes
         overrides.append("nn.depth=1")
+    # What a leaf leaves to the user.
+    overrides += {
+        "hub": ["data.name=somebody/images", "data.image_size=8"],
+        "parquet": ["data.path=somewhere", "data.image_size=8"],
+        "folder": ["data.path=somewhere", "data.image_size=8"],
+    }.get(name, [])
     cfg = composed(command, *overrides)
     if command == "train":
         cfg.run_dir = str(tmp_path)

@@ -19,9 +19,11 @@ ROOMS = [
     ["lit", "metrics", "pictures", "data"],
     ["callbacks", "report"],
     ["run"],
+    ["bench"],
     ["cli"],
 ]
 HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "torchmetrics", "matplotlib", "PIL", "sklearn"}
+HEAVY |= {"datasets", "rich"}
 PACKAGE = Path(rolldiff.__file__).parent
 
 

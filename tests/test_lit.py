@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rolldiff import Decoder
 from rolldiff.callbacks import SampleGrid
 from rolldiff.cli import config_dir
-from rolldiff.data.digits import Digits
+from rolldiff.data import Digits
 from rolldiff.lit import LitDecoder, load
 
 QUIET = {
@@ -26,19 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "
 def decoder():
     torch.manual_seed(0)
     return Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=10)
-
-
-def test_the_digits_are_1797_scans_in_range():
-    data = Digits(batch_size=7, max_steps=3, seed=0)
-    assert data.image.shape == (1797, 1, 8, 8)
-    assert (data.image.min(), data.image.max()) == (-1, 1)
-    assert data.label.bincount().min() > 170
-    batches = list(data.train_dataloader())
-    assert [len(image) for image, _ in batches] == [7, 7, 7]
-    again = list(Digits(batch_size=7, max_steps=3, seed=0).train_dataloader())
-    assert torch.equal(batches[2][0], again[2][0])
-    match = (data.image == batches[0][0][0]).all((1, 2, 3)).nonzero()[0, 0]
-    assert data.label[match] == batches[0][1][0]
 
 
 def test_a_checkpoint_holds_averaged_weights_and_plain_containers(decoder, tmp_path):
