@@ -9,6 +9,8 @@ from rolldiff.metrics import (
     KernelDistance,
     PrecisionRecall,
     by_band,
+    distance_between,
+    feature_distance,
     frechet_distance,
     kernel,
     neighbours,
@@ -34,8 +36,8 @@ def test_equal_to_torchmetrics_on_the_same_features():
     for batch in real.split(70):
         metric.update(batch, real=True)
     metric.update(fake, real=False)
-    moments = [m for f in (real.double(), fake.double()) for m in (f.mean(0), f.T.cov())]
-    torch.testing.assert_close(metric.compute(), _compute_fid(*moments), rtol=1e-8, atol=1e-10)
+    expected = _compute_fid(*moments(real, fake))
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_immune_to_autocast_and_zero_for_the_same_set():
@@ -47,6 +49,76 @@ def test_immune_to_autocast_and_zero_for_the_same_set():
         value = metric.compute()
     assert value.dtype == torch.float64
     assert abs(value) < 1e-8
+
+
+def moments(*sides):
+    return [m for f in sides for m in (f.double().mean(0), f.double().T.cov())]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_feature_distance_is_the_closed_form_for_gaussians(few):
+    """Samples with the wanted moments exactly; with few, one side spans fewer axes than there are.
+
+    Covariances that commute: the sum over axes of squared differences of standard deviations.
+    """
+    size = 6
+    turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+    a, b = torch.rand(2, size, dtype=torch.float64) + 0.1
+    if few:
+        b[4:] = 0  # five samples have four axes
+    mean_a, mean_b = torch.randn(2, size, dtype=torch.float64)
+
+    def samples(count, scale, mean):
+        white = torch.randn(count, count, dtype=torch.float64)
+        white = torch.linalg.qr(white - white.mean(0)).Q[:, : min(count - 1, size)]
+        white = torch.nn.functional.pad(white, (0, size - white.shape[1]))
+        return white * (count - 1) ** 0.5 * scale @ turn.T + mean
+
+    found = feature_distance(samples(40, a, mean_a), samples(5 if few else 30, b, mean_b))
+    expected = (mean_a - mean_b).square().sum() + (a - b).square().sum()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("counts", [(300, 200), (20, 200), (200, 20), (20, 12), (17, 16)])
+def test_feature_distance_equals_both_eigenvalue_forms(counts):
+    """Ours and that of torchmetrics; covariances of few samples cost those half of the digits."""
+    size = 16
+    real = torch.randn(counts[0], size, dtype=torch.float64) + 3
+    fake = torch.randn(counts[1], size, dtype=torch.float64) @ torch.randn(size, size).double()
+    tolerance = 1e-9 if min(counts) > size else 1e-6
+    found = feature_distance(real, fake)
+    for form in (frechet_distance, _compute_fid):
+        other = form(*moments(real, fake))
+        torch.testing.assert_close(found, other, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, feature_distance(fake, real), rtol=1e-10, atol=1e-10)
+
+
+def test_feature_distance_of_fewer_samples_than_features():
+    """Its digits are all there: a set is at distance 0 of itself, moved it is the square of that.
+
+    The eigenvalue form is off by the square root of the rounding, once for each missing axis.
+    """
+    real = torch.randn(20, 300, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64)).Q
+    turned = turn @ (real - real.mean(0)) + 100
+    assert abs(feature_distance(real, real)) < 1e-10
+    assert abs(feature_distance(real, real + 0.1) - 3) < 1e-10
+    torch.testing.assert_close(
+        feature_distance(real, turned),
+        frechet_distance(*moments(real, turned)),
+        rtol=1e-6,
+        atol=1e-4,
+    )
+
+
+def test_feature_distance_is_immune_to_autocast():
+    real, fake = torch.randn(50, 4) + 100, torch.randn(3, 4) + 100
+    with torch.autocast("cpu", torch.bfloat16):
+        found = feature_distance(real, fake)
+    assert found.dtype == torch.float64
+    assert found == feature_distance(real.double(), fake.double())
+    images = real.view(50, 1, 2, 2), fake.view(3, 1, 2, 2)
+    assert distance_between(*images) == float(found)
 
 
 def test_kernel_distance_is_that_of_torchmetrics_on_all_samples(monkeypatch):
@@ -144,3 +216,15 @@ def test_bad_features(kind):
     metric.update(torch.zeros(3, 4), real=True)
     with pytest.raises(ValueError, match="two fake samples"):
         metric.compute()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_features_of_feature_distance():
+    good = torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 4\), got \(3, 5\)"):
+        feature_distance(good, torch.zeros(3, 5))
+    for args, side in (((good[:1], good), "real"), ((good, good[:1]), "fake")):
+        with pytest.raises(ValueError, match=f"two {side} samples are needed at least, got 1"):
+            feature_distance(*args)
+    with pytest.raises(ValueError, match="features must be finite, got fake ones"):
+        feature_distance(good, good.log())

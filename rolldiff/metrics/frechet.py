@@ -4,6 +4,10 @@
 
 (Dowson and Landau 1982; Heusel et al. 2017 with Inception features, which alone is called FID.) All
 sums are kept in float64, whatever precision the features come in.
+
+The last trace needs no square root of a matrix where the features themselves are at hand: for
+C_a = X_a' X_a and C_b = X_b' X_b it is the nuclear norm of X_a X_b', which is the sum of its
+singular values.
 """
 
 from typing import Any
@@ -13,7 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["FrechetDistance", "check_features", "distance_between", "frechet_distance"]
+__all__ = [
+    "FrechetDistance",
+    "check_features",
+    "distance_between",
+    "feature_distance",
+    "frechet_distance",
+]
 
 
 def frechet_distance(
@@ -27,6 +37,35 @@ def frechet_distance(
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+
+
+def feature_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
+    """The distance between two sets of features, in float64.
+
+    It is the value of `frechet_distance` on their means and covariances (divided by the count less
+    one). Nothing is squared on the way to the singular values, so it keeps its digits where the
+    covariances are singular, above all where a set has fewer samples than features.
+
+    Args:
+        real: features of two samples or more.
+        fake: the same features of two samples or more.
+
+    Raises:
+        ValueError: if the shapes are wrong, a side has fewer than two samples, or a feature is not
+            finite.
+    """
+    for name, side in (("real", real), ("fake", fake)):
+        check_features(side, real.shape[-1])
+        if len(side) < 2:
+            raise ValueError(f"two {name} samples are needed at least, got {len(side)}")
+        if not side.isfinite().all():
+            raise ValueError(f"features must be finite, got {name} ones that are not")
+    with torch.autocast(real.device.type, enabled=False):
+        a, b = real.detach().double(), fake.detach().double()
+        between = (a.mean(0) - b.mean(0)).square().sum()
+        root_a, root_b = _root(a), _root(b)
+        cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+        return between + root_a.square().sum() + root_b.square().sum() - 2 * cross
 
 
 def check_features(features: Tensor, size: int) -> None:
@@ -89,7 +128,11 @@ class FrechetDistance(Metric):
 
 def distance_between(real: Tensor, fake: Tensor) -> float:
     """The Fréchet distance in pixel space between two sets of images `[B, C, H, W]`."""
-    metric = FrechetDistance(real[0].numel())
-    metric.update(real.flatten(1), real=True)
-    metric.update(fake.flatten(1), real=False)
-    return float(metric.compute())
+    return float(feature_distance(real.flatten(1), fake.flatten(1)))
+
+
+def _root(features: Float[Tensor, "B F"]) -> Float[Tensor, "R F"]:
+    """A root `X` of the covariance `X' X`, with no more rows than features."""
+    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    # QR keeps X' X and leaves a triangle of F rows, however many samples there are.
+    return torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred

@@ -45,4 +45,5 @@ def _total(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kernel(product: Tensor, features: int) -> Tensor:
-    return (product / features + 1) ** 3
+    root = product / features + 1
+    return root * root * root  # a power is several times slower
