@@ -20,7 +20,7 @@ from typing import Any
 
 import engine_peers
 import torch
-from engine_card import Card, Cases, in_turns, machine, now, readable
+from engine_card import Card, Cases, in_turns, machine, readable
 from engine_loops import Pointwise, bare_loop, decoder, every_token
 
 from rolldiff import Decoded, Decoder, Patches
@@ -83,7 +83,8 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
     card.ratio("g16_cached_over_joint", turns, "g16", "joint")
     card.ratio("g64_cached_over_joint", turns, "g64", "joint")
     card.ratio("overlap_half_cached_over_joint", turns, "half", "joint")
-    card.put("first_group_over_total", [_first(model, sizes, device) for _ in range(sizes.turns)])
+    costs = [decode(16).cost for _ in range(sizes.turns)]
+    card.put("first_group_over_total", [c.seconds_to_first_group / c.seconds for c in costs])
 
     differences, seconds = [], []
     for overlap in (0.0, 0.5):
@@ -110,19 +111,6 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
 def _by_groups(item: tuple[tuple, Any]) -> tuple:
     (num_groups, overlap, cache), _ = item
     return not cache, num_groups, overlap
-
-
-def _first(model: Decoder, sizes: Sizes, device: torch.device) -> float:
-    """Seconds to the first finished group of 16, over seconds to the last."""
-    start, first = now(device), None
-    frames = model.stream(
-        num_images=sizes.batch, num_groups=16, steps=sizes.steps, seed=0, preview=False
-    )
-    for frame in frames:
-        if first is None and frame.finished.any():
-            first = now(device) - start
-    assert first is not None
-    return first / (now(device) - start)
 
 
 def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:

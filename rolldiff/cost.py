@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rolldiff.denoiser import Backbone, Context
@@ -33,12 +34,14 @@ class Cost:
         nfe: network calls, one after another.
         tokens: token evaluations for one image; with guidance both branches count.
         seconds: wall-clock time.
+        seconds_to_first_group: wall-clock time until the first group would not change any more.
         cached: whether finished tokens were kept instead of computed again.
     """
 
     nfe: int
     tokens: int
     seconds: float
+    seconds_to_first_group: float
     cached: bool
 
 
@@ -46,10 +49,12 @@ class Meter:
     """Counts calls and tokens as they happen.
 
     Args:
+        device: what runs the calls.
         context: count only the calls that this context is handed to; None counts all.
     """
 
-    def __init__(self, context: Context | None = None) -> None:
+    def __init__(self, device: torch.device, context: Context | None = None) -> None:
+        self.device = device
         self.context = context
         self.nfe = 0
         self.tokens = 0
@@ -62,9 +67,15 @@ class Meter:
         self.nfe += 1
         self.tokens += output.shape[1] * output.shape[0] // inputs[0].shape[0]
 
-    def cost(self, *, cached: bool) -> Cost:
-        """The cost so far."""
-        return Cost(self.nfe, self.tokens, time.perf_counter() - self._start, cached)
+    def seconds(self) -> float:
+        """Since the start; on CUDA, once all that was asked for is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self._start
+
+    def cost(self, *, first: float, cached: bool) -> Cost:
+        """The cost so far; `first` are the seconds to the first group."""
+        return Cost(self.nfe, self.tokens, self.seconds(), first, cached)
 
 
 def predict(
@@ -117,7 +128,7 @@ def metered(backbone: Backbone, context: Context | None = None) -> Iterator[Mete
     """Count the backbone's calls inside the block, all of them or those with a context."""
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
-    meter = Meter(context)
+    meter = Meter(next(backbone.parameters()).device, context)
     handle = backbone.register_forward_hook(meter.count)
     try:
         yield meter

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -146,9 +147,11 @@ class Decoding:
         """Run to the end."""
         states = self.states()
         with self._autocast():  # around all calls: the weights are cast once
-            state = deque(states, maxlen=1).pop()
+            state = next(state for state in states if state.finished)
+            first = meter.seconds()
+            state = deque(chain([state], states), maxlen=1).pop()
         image = self.image(state.x_t)
-        cost = meter.cost(cached=self.context.cached is not None)
+        cost = meter.cost(first=first, cached=self.context.cached is not None)
         return Decoded(image, cost, self.schedule.rounded(self.steps))
 
     def frames(self, count: int | None, *, preview: bool) -> Iterator[Frame]:
