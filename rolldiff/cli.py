@@ -1,4 +1,4 @@
-"""The command line: `rolldiff train` and `rolldiff decode`, configured by Hydra.
+"""The command line: `rolldiff train`, `decode` and `bench`, configured by Hydra.
 
 What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by
 itself (a loss that is not finite) in one line and status 1. Anything else is a defect and shows
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -31,6 +31,7 @@ usage: rolldiff COMMAND [key=value ...]
 
   train    train a decoder; with no arguments, on handwritten digits
   decode   draw images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
+  bench    measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
 
 rolldiff COMMAND --help shows what can be set, rolldiff COMMAND --cfg job the settings in force.
 """
@@ -82,6 +83,7 @@ def _decode(cfg: DictConfig) -> None:
 
     from rolldiff.lit import load
     from rolldiff.pictures import film, sheet
+    from rolldiff.run import named_dtype
 
     if cfg.ckpt is None:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
@@ -106,7 +108,7 @@ def _decode(cfg: DictConfig) -> None:
         "step": instantiate(cfg.step),
         "guidance": cfg.guidance,
         "seed": cfg.seed,
-        "dtype": _dtype(cfg.dtype),
+        "dtype": named_dtype(cfg.dtype),
     }
     if cfg.compile:
         decoder.compile()
@@ -124,16 +126,17 @@ def _decode(cfg: DictConfig) -> None:
     )
 
 
-def _dtype(name: str | None) -> Any:
-    import torch
+def _bench(cfg: DictConfig) -> None:
+    from rolldiff.bench import bench
 
-    dtype = None if name is None else getattr(torch, str(name), name)
-    if not (dtype is None or isinstance(dtype, torch.dtype)):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
-    return dtype
+    print(bench(cfg, conf=config_dir()) / "report.md")
 
 
-COMMANDS: dict[str, Callable[[DictConfig], None]] = {"train": _train, "decode": _decode}
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+    "train": _train,
+    "decode": _decode,
+    "bench": _bench,
+}
 
 
 @contextmanager
@@ -171,7 +174,7 @@ def _check(command: str, overrides: list[str]) -> list[str]:
     """
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose(command, overrides)
-    if "run_dir" not in cfg:
+    if command != "train":
         return overrides
     folder = Path(cfg.run_dir)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -202,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = _plain_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    # The data keeps its place itself.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
     for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there
         logging.getLogger(name).setLevel(logging.WARNING)
     flags = any(word.startswith("-") for word in overrides)

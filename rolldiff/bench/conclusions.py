@@ -1,0 +1,115 @@
+"""What the cells say: the best setting at each cost, and one group against several.
+
+A difference counts where it is more than twice the spread of the two means over the seeds. That is
+a rule of thumb: with three seeds the spread itself is uncertain, and the best of many settings is a
+little better than it would be if it were drawn again.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rolldiff.bench.measure import Bench
+from rolldiff.bench.results import setting_of
+from rolldiff.bench.settings import Setting
+from rolldiff.metrics import feature_distance, kernel_distance
+
+__all__ = ["AXES", "Axis", "Comparison", "Point", "comparisons", "floors", "front", "points"]
+
+Axis = Literal["nfe", "tokens", "seconds"]
+AXES: dict[Axis, str] = {
+    "nfe": "network calls in series (NFE)",
+    "tokens": "token evaluations an image",
+    "seconds": "seconds a batch",
+}
+Verdict = Literal["several", "one", "neither"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A cell, as far as one metric is concerned. `std` is over seeds; None with one seed."""
+
+    setting: Setting
+    nfe: int
+    tokens: int
+    seconds: float
+    mean: float
+    std: float | None
+
+    def cost(self, axis: Axis) -> float:
+        """Its cost on an axis."""
+        return float(getattr(self, axis))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The best of one group and the best of several groups, at no more than a budget."""
+
+    budget: float
+    one: Point
+    several: Point
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Which is better beyond the spread; None where there is no spread to tell by."""
+        if self.one.std is None or self.several.std is None:
+            return None
+        difference = self.several.mean - self.one.mean
+        if abs(difference) <= 2 * math.hypot(self.one.std, self.several.std):
+            return "neither"
+        return "several" if difference < 0 else "one"
+
+
+def points(rows: Iterable[dict[str, Any]], metric: str) -> list[Point]:
+    """The cells that have a metric."""
+    return [
+        Point(
+            setting_of(row),
+            row["nfe"],
+            row["tokens"],
+            row["seconds"],
+            row["metrics"][metric]["mean"],
+            row["metrics"][metric]["std"],
+        )
+        for row in rows
+        if metric in row["metrics"]
+    ]
+
+
+def front(cells: Sequence[Point], axis: Axis) -> list[Point]:
+    """The cells that no cheaper cell beats, from the cheapest on."""
+    best: list[Point] = []
+    for cell in sorted(cells, key=lambda c: (c.cost(axis), c.mean)):
+        if not best or cell.mean < best[-1].mean:
+            best.append(cell)
+    return best
+
+
+def comparisons(cells: Sequence[Point], axis: Axis) -> list[Comparison]:
+    """One group against several, at each cost at which one of the two sides gets better."""
+    one = front([cell for cell in cells if cell.setting.num_groups == 1], axis)
+    several = front([cell for cell in cells if cell.setting.num_groups > 1], axis)
+    found = []
+    for budget in sorted({cell.cost(axis) for cell in [*one, *several]}):
+        within = [[c for c in side if c.cost(axis) <= budget] for side in (one, several)]
+        if all(within):
+            found.append(Comparison(budget, within[0][-1], within[1][-1]))
+    return found
+
+
+def floors(common: Bench, *, splits: int = 5) -> dict[str, float]:
+    """The distances between two random halves of the data, means over some splits."""
+    found = {}
+    for name, extractor in common.extractors.items():
+        features = common.features[name]
+        generator = torch.Generator().manual_seed(0)
+        totals = [0.0, 0.0]
+        for _ in range(splits):
+            a, b = features[torch.randperm(len(features), generator=generator)].chunk(2)
+            totals[0] += float(feature_distance(a, b)) / splits
+            totals[1] += float(kernel_distance(a[: common.pairs], b[: common.pairs])) / splits
+        found[extractor.distance], found[f"kd_{name}"] = totals
+    return found
