@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rolldiff import Decoder, Training
 from rolldiff.bench import bench
 from rolldiff.bench.conclusions import Point, comparisons, front
-from rolldiff.bench.results import Results, setting_of
+from rolldiff.bench.results import Results, Timings, setting_of
 from rolldiff.bench.settings import Setting, counted, grid, matched
 from rolldiff.bench.share import Share
 from rolldiff.cli import config_dir
@@ -131,7 +131,7 @@ def test_matched_settings_cost_the_same(match):
     def seconds(setting):
         return 0.1 * setting.num_groups, 0.05
 
-    found = matched(settings, match, counts=counts, seconds=seconds)
+    found = matched(settings, match, counts=counts, seconds=seconds if match == "seconds" else None)
     budget = {"nfe": 32, "tokens": 32 * 256, "seconds": 0.1 + 0.05 * 32}[match]
     reached = {
         s.num_groups: {
@@ -146,7 +146,29 @@ def test_matched_settings_cost_the_same(match):
     for cost in reached.values():
         assert abs(math.log(cost / budget)) < math.log(1.2)
     with pytest.raises(ValueError, match="num_groups 1"):
-        matched(settings[1:], match, counts=counts, seconds=seconds)
+        matched(settings[1:], match, counts=counts)
+
+
+def test_matched_seconds_are_taken_once(tmp_path):
+    asked = []
+
+    def fitted(setting):
+        asked.append(setting)
+        return 0.5, 0.25
+
+    settings = grid(16, **ASK)
+    for _ in range(2):
+        timings = Timings(tmp_path / "timings.json", fitted=fitted)
+        found = matched(settings, "seconds", counts=lambda s: (0, 0), seconds=timings)
+        assert set(found) == set(settings)
+    assert len(asked) == len(set(asked)) == len({s.same_but_steps() for s in settings})
+
+
+def test_a_bench_at_matched_calls(run, tmp_path):
+    bench(ask(run, tmp_path, "bench.match=nfe", "bench.steps=[6]"), conf=config_dir())
+    rows = [json.loads(line) for line in lines(tmp_path)]
+    assert [row["nfe"] for row in rows] == [6, 6, 6]
+    assert len({row["steps"] for row in rows}) == 3
 
 
 def test_a_bench_leaves_results_a_report_and_pictures(whole):

@@ -1,13 +1,14 @@
-"""`results.jsonl`: one line a cell, written when the cell is done and never changed."""
+"""What a bench has written: `results.jsonl`, one line a cell, never changed; `timings.json`."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rolldiff.bench.settings import Setting
 
-__all__ = ["Results", "setting_of"]
+__all__ = ["Results", "Timings", "setting_of"]
 
 Row = dict[str, Any]
 FIELDS = tuple(Setting.__dataclass_fields__)
@@ -66,3 +67,28 @@ class Results:
 def setting_of(row: Row) -> Setting:
     """The setting that a line is about."""
     return Setting(**{name: row[name] for name in FIELDS})
+
+
+class Timings:
+    """How seconds grow with the steps, by setting: measured once, then read from a file.
+
+    Args:
+        path: the file.
+        fitted: measures offset and slope.
+    """
+
+    def __init__(self, path: Path, *, fitted: Callable[[Setting], tuple[float, float]]) -> None:
+        self.path, self.fitted = path, fitted
+        self.kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def __call__(self, setting: Setting) -> tuple[float, float]:
+        """Offset and slope, in seconds."""
+        key = json.dumps(setting.as_dict())
+        if key not in self.kept:
+            self.kept[key] = self.fitted(setting)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, self.path)
+        offset, slope = self.kept[key]
+        return offset, slope

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rolldiff.bench.conclusions import floors
 from rolldiff.bench.measure import Bench, features_of
 from rolldiff.bench.progress import Progress
 from rolldiff.bench.report import write_report
-from rolldiff.bench.results import Results
+from rolldiff.bench.results import Results, Timings
 from rolldiff.bench.settings import Setting, counted, grid, matched
 from rolldiff.bench.share import Share, shared
 from rolldiff.decoder import Decoder
@@ -56,7 +55,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         if cfg.compile:
             decoder.compile()
         if cfg.bench.match is not None:
-            settings = share.told(_matched(cfg.bench.match, settings, common, steps))
+            settings = share.told(_matched(cfg.bench.match, settings, common, steps, folder))
         same, about = _same(common, cfg), _about(common, cfg)
         results = Results(folder / "results.jsonl", same=same) if share.leads else None
         left = share.told(_left(settings, results))
@@ -164,7 +163,7 @@ def _left(settings: Sequence[Setting], results: Results | None) -> list[Setting]
 
 
 def _matched(
-    match: Any, settings: list[Setting], common: Bench, steps: dict[str, Step]
+    match: Any, settings: list[Setting], common: Bench, steps: dict[str, Step], folder: Path
 ) -> list[Setting]:
     decoder = common.decoder
 
@@ -174,7 +173,13 @@ def _matched(
 
     if match not in ("nfe", "tokens", "seconds"):
         raise ValueError(f"bench.match must be nfe, tokens or seconds, got {match!r}")
-    return matched(settings, match, counts=counts, seconds=cache(_seconds(common, steps)))
+    if not common.share.leads:
+        return []
+    if match != "seconds":
+        return matched(settings, match, counts=counts)
+    # Times taken again would give other steps, and other cells, to a bench that goes on.
+    kept = Timings(folder / "timings.json", fitted=_seconds(common, steps))
+    return matched(settings, match, counts=counts, seconds=kept)
 
 
 def _seconds(common: Bench, steps: dict[str, Step]) -> Callable[[Setting], tuple[float, float]]:
@@ -215,6 +220,7 @@ def _about(common: Bench, cfg: DictConfig) -> dict[str, Any]:
         "ckpt": Path(cfg.ckpt).name,
         "data": _data(cfg)["_target_"],
         "reference_images": len(common.image),
+        "match": cfg.bench.match,
         "processes": common.share.world,
         "threads": torch.get_num_threads(),
         "versions": {

@@ -99,7 +99,7 @@ def matched(
     match: Match,
     *,
     counts: Callable[[Setting], tuple[int, int]],
-    seconds: Callable[[Setting], tuple[float, float]],
+    seconds: Callable[[Setting], tuple[float, float]] | None = None,
 ) -> list[Setting]:
     """The same settings, with the steps that bring each to the costs of one group.
 
@@ -110,7 +110,7 @@ def matched(
         settings: from `grid`.
         match: which cost.
         counts: `nfe` and `tokens` of a setting, exact.
-        seconds: offset and slope of its seconds over its steps, measured.
+        seconds: offset and slope of its seconds over its steps, measured; for `seconds` only.
 
     Raises:
         ValueError: if one group is not among the settings.
@@ -120,7 +120,7 @@ def matched(
         raise ValueError("bench.match must have num_groups 1 among bench.num_groups, got none")
 
     def cost_of(setting: Setting) -> float:
-        if match == "seconds":
+        if seconds is not None:
             offset, slope = seconds(setting.same_but_steps())
             return offset + slope * setting.steps
         return float(counts(setting)[0 if match == "nfe" else 1])
