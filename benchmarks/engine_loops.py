@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rolldiff import Decoder, Euler, Grouping, Patches, RollingSchedule, Training, Transformer
+from rolldiff.conditioning import Conditions
 from rolldiff.denoiser import Denoiser
 from rolldiff.prediction import Estimate, solve
 from rolldiff.sampler import sample
@@ -59,6 +60,7 @@ class Pointwise(nn.Module):
     """A network that costs nothing, to see what the loop around it does."""
 
     causal = True
+    condition = Conditions()
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -66,6 +68,9 @@ class Pointwise(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         return t[..., None]
+
+    def needs(self) -> dict[str, Tensor]:
+        return {}
 
     def prepare(self, *place: Any, **settings: Any) -> SimpleNamespace:
         return SimpleNamespace(cached=None)

@@ -1,5 +1,6 @@
 """Grouped and rolling diffusion decoding with a tunable group count."""
 
+from rolldiff.conditions import ClassLabels, LowResolution, TokenGrid, TokenSequence
 from rolldiff.cost import Cost
 from rolldiff.decoder import Decoded, Decoder, Frame
 from rolldiff.grouping import Grouping
@@ -12,6 +13,7 @@ from rolldiff.training import Training
 
 __all__ = [
     "Ancestral",
+    "ClassLabels",
     "Cosine",
     "Cost",
     "Decoded",
@@ -20,10 +22,13 @@ __all__ = [
     "Frame",
     "Grouping",
     "Heun",
+    "LowResolution",
     "Multistep",
     "Patches",
     "Rectified",
     "RollingSchedule",
+    "TokenGrid",
+    "TokenSequence",
     "Training",
     "Transformer",
 ]

@@ -4,15 +4,17 @@ The front door. It joins a layout, a noise schedule, a backbone and what trainin
 users hand in, and leaves the work to the rooms below.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rolldiff.conditioning import ClassLabels
+from rolldiff.begin import begin
+from rolldiff.conditioning import Conditions
+from rolldiff.conditions import ClassLabels, Condition
 from rolldiff.cost import metered
-from rolldiff.decoding import Decoded, Frame, begin
+from rolldiff.decoding import Decoded, Frame
 from rolldiff.denoiser import Backbone
 from rolldiff.grouping import Order
 from rolldiff.hub import Pretrained
@@ -35,7 +37,6 @@ class Decoder(Pretrained):
         noise: the noise schedule.
         prediction: what the backbone predicts.
         loss_space: the space in which the squared error is taken.
-        condition: what the decoder is conditioned on.
         training: what training draws; decoding outside of it warns.
     """
 
@@ -50,7 +51,6 @@ class Decoder(Pretrained):
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
         loss_space: Prediction = "velocity",
-        condition: ClassLabels = ClassLabels(0),
         training: Training = Training(),
     ) -> None:
         super().__init__()
@@ -66,7 +66,6 @@ class Decoder(Pretrained):
             "noise": noise,
             "prediction": prediction,
             "loss_space": loss_space,
-            "condition": condition,
             "training": training,
         }
         self.layout = layout
@@ -74,7 +73,6 @@ class Decoder(Pretrained):
         self.noise = noise
         self.prediction: Prediction = prediction
         self.loss_space: Prediction = loss_space
-        self.condition = condition
         self.trained_for = training
 
     @classmethod
@@ -88,6 +86,7 @@ class Decoder(Pretrained):
         depth: int = 4,
         heads: int | None = None,
         num_classes: int = 0,
+        condition: Condition | Mapping[str, Condition] | None = None,
         causal: bool = True,
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
@@ -102,7 +101,9 @@ class Decoder(Pretrained):
             width: channels of the transformer.
             depth: its blocks.
             heads: its attention heads; by default heads of 32 channels.
-            num_classes: class labels; 0 for none.
+            num_classes: class labels; 0 for none. Short for `condition=ClassLabels(num_classes)`.
+            condition: what it is conditioned on, one or several by name: `ClassLabels`,
+                `TokenGrid`, `TokenSequence`, `LowResolution`.
             causal: False for bidirectional attention, which has no exact cache.
             noise: the noise schedule.
             prediction: what the network predicts; `velocity` learns faster where a token holds
@@ -112,13 +113,15 @@ class Decoder(Pretrained):
         Raises:
             ValueError: if the sizes do not fit together.
         """
+        if num_classes and condition is not None:
+            raise ValueError(f"num_classes must be 0 beside a condition, got {num_classes}")
         layout = Patches(image_size, channels=channels, patch=patch)
         backbone = Transformer(
             layout,
             width=width,
             depth=depth,
             heads=heads or max(1, width // 32),
-            num_classes=num_classes,
+            condition=ClassLabels(num_classes) if condition is None else condition,
             causal=causal,
         )
         return cls(
@@ -126,9 +129,13 @@ class Decoder(Pretrained):
             backbone,
             noise=noise,
             prediction=prediction,
-            condition=ClassLabels(num_classes),
             training=training,
         )
+
+    @property
+    def condition(self) -> Conditions:
+        """What it is conditioned on."""
+        return self.backbone.condition
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +157,7 @@ class Decoder(Pretrained):
 
         Args:
             image: `[B, C, H, W]`, floating point, in [-1, 1].
-            cond: class labels, `[B]`, or None.
+            cond: the condition, or None; several in a dictionary by name. Its gradient is kept.
             generator: a CPU generator for all that is drawn; None takes torch's own.
 
         Returns:
@@ -160,10 +167,10 @@ class Decoder(Pretrained):
             ValueError: if an argument has the wrong shape, type or range.
         """
         x = self.layout.tokens(check_image(image, self.layout)).to(self.state_dtype)
-        label = self.condition.check(cond, len(x), x.device)
-        label = self.condition.drop(label, self.trained_for.drop_cond, generator)
+        given = self.condition.check(cond, len(x), x.device)
+        given = self.condition.drop(given, self.trained_for.drop_cond, generator)
         shown = self.trained_for.show(x, self.orders, self.groups, self.noise, generator)
-        context = self.backbone.prepare(shown.order, shown.group, label)
+        context = self.backbone.prepare(shown.order, shown.group, given)
         y = self.backbone(shown.x_t, self.backbone.embed_time(shown.t), context)
         return squared_error(
             y.to(x.dtype),
@@ -194,7 +201,9 @@ class Decoder(Pretrained):
         """Decode images from noise.
 
         Args:
-            cond: class labels, `[B]`, one number for all, or None.
+            cond: the condition, or None; several in a dictionary by name. In place of a grid or a
+                sequence of tokens an iterator over pieces of it, `[B, k]` or `[B, k, C]` in raster
+                order: a group then starts as soon as there is what its tokens look at.
             num_images: how many images; by default as many as `cond` has.
             num_groups: groups, from 1 to the number of tokens.
             overlap: in [0, 1], see `RollingSchedule`.

@@ -4,8 +4,6 @@ Holds what stays the same from the first row to the last. Tokens are kept in dec
 float32 (float64 if the weights are), whatever the network runs in.
 """
 
-import math
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rolldiff.conditioning import ClassLabels
+from rolldiff.arrivals import Arrivals
+from rolldiff.conditioning import Conditions, joined
+from rolldiff.conditions import Given
 from rolldiff.cost import Cost, Meter, metered
 from rolldiff.denoiser import Backbone, Context, Denoiser, Guided
-from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.layout import Layout
 from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate, Prediction
@@ -32,7 +31,7 @@ from rolldiff.streams import Streams
 from rolldiff.timetable import Timetable
 from rolldiff.training import Training
 
-__all__ = ["Decoded", "Decoding", "Frame", "Model", "begin"]
+__all__ = ["Decoded", "Decoding", "Frame", "Model"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,10 @@ class Model(Protocol):
     backbone: Backbone
     noise: NoiseSchedule
     prediction: Prediction
-    condition: ClassLabels
     trained_for: Training
+
+    @property
+    def condition(self) -> Conditions: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -100,6 +101,8 @@ class Decoding:
     steps: int
     step: Step
     streams: Streams
+    arrivals: Arrivals
+    needs: dict[str, list[int]]
     dtype: torch.dtype
     autocast: torch.dtype | None
 
@@ -138,7 +141,8 @@ class Decoding:
         x, done, num_tokens = state.x, state.finished, self.layout.num_tokens
         if waiting and state.started < num_tokens:
             x, cached = x.clone(), self.context.cached
-            x[:, done:] = self._denoise(state.x_t, state.timetable, (done, num_tokens)).x
+            # What has not arrived for them is null here: a preview waits for nothing.
+            x[:, done:] = self._estimate(state.x_t, state.timetable, (done, num_tokens)).x
             # As if nothing had been asked: the decode goes on with the same calls, bit by bit.
             self.context.cached = cached
         return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
@@ -178,89 +182,26 @@ class Decoding:
                     yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
+        self._wait(span[1] if self.denoiser.backbone.causal else len(self.order))
+        return self._estimate(x_t, timetable, span)
+
+    def _estimate(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
         with self._autocast():
             return self.denoiser(x_t, timetable, self.context, span)
+
+    def _wait(self, count: int) -> None:
+        """Until there is what the first tokens look at."""
+        if self.arrivals.wait({name: need[count - 1] for name, need in self.needs.items()}):
+            with torch.autocast(self.order.device.type, enabled=False):
+                self.denoiser.backbone.arrive(self.context, self._given())
+
+    def _given(self) -> dict[str, Given]:
+        given = self.arrivals.given
+        if not isinstance(self.denoiser, Guided):
+            return given
+        return joined(given, self.arrivals.null)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.order.device.type, self.autocast)
-
-
-def _computes_in(model: Model, dtype: torch.dtype | None) -> torch.dtype:
-    """The type that the network computes in."""
-    if dtype is None:
-        mixed = model.device.type == "cuda" and model.dtype == torch.float32
-        return torch.bfloat16 if mixed else model.dtype
-    allowed = {model.dtype}
-    if model.dtype == torch.float32:
-        allowed |= {torch.bfloat16, torch.float16}
-    if dtype not in allowed:
-        names = " or ".join(sorted(map(str, allowed)))
-        raise ValueError(f"dtype must be {names} with {model.dtype} weights, got {dtype}")
-    return dtype
-
-
-@torch.no_grad()
-def begin(
-    model: Model,
-    cond: Any,
-    num_images: int | None,
-    num_groups: int,
-    overlap: float,
-    steps: int,
-    order: Order,
-    step: Step,
-    guidance: float,
-    seed: int | torch.Generator | None,
-    first: int,
-    cache: bool,
-    dtype: torch.dtype | None,
-) -> Decoding:
-    """Check the settings of a decode and prepare it.
-
-    Raises:
-        ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
-    """
-    computes_in = _computes_in(model, dtype)
-    grouping = Grouping(model.layout.num_tokens, num_groups)
-    schedule = RollingSchedule(num_groups, overlap)
-    schedule.stagger(steps)
-    for words in model.trained_for.beyond(num_groups, overlap, order):
-        warnings.warn(
-            f"decoding beyond what this checkpoint was trained for: {words}", stacklevel=4
-        )
-    if num_images is None:
-        num_images = 1 if cond is None or torch.as_tensor(cond).ndim == 0 else len(cond)
-    if not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
-    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-    label = model.condition.check(cond, num_images, model.device)
-    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
-    if guidance != 0:
-        if cond is None:
-            raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
-        label = torch.cat([label, model.condition.null(num_images, model.device)])
-        denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
-    permutation = decode_order(order, model.layout.coords).to(model.device)
-    context = model.backbone.prepare(
-        permutation,
-        grouping.group.to(model.device),
-        label,
-        batch=len(label) if cache else None,
-        dtype=computes_in,
-    )
-    streams = Streams(seed, num_images, first=first)
-    return Decoding(
-        denoiser,
-        model.layout,
-        context,
-        permutation,
-        schedule,
-        steps,
-        step,
-        streams,
-        model.state_dtype,
-        None if computes_in == model.dtype else computes_in,
-    )

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rolldiff.conditioning import Conditions
+from rolldiff.conditions import Given
 from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate, Prediction, solve
 from rolldiff.schedule import RollingSchedule
@@ -41,16 +43,18 @@ class Context(Protocol):
 class Backbone(Protocol):
     """The raw network.
 
-    `causal` promises that the output for a group depends on no later group.
+    `causal` promises that the output for a group depends on no later group. `condition` says what
+    it is conditioned on.
     """
 
     causal: bool
+    condition: Conditions
 
     def prepare(
         self,
         order: Int[Tensor, "*B N"],
         group: Int[Tensor, "*B N"],
-        cond: Any = None,
+        cond: dict[str, Given] | None = None,
         *,
         batch: int | None = None,
         dtype: torch.dtype | None = None,
@@ -60,11 +64,19 @@ class Backbone(Protocol):
         Args:
             order: the raster index of each token, in decode order.
             group: the group of each token, in decode order.
-            cond: the condition; its batch may be a multiple of the batch of tokens (guidance), and
-                the tokens are then shown to every part.
+            cond: the checked conditions; their batch may be a multiple of the batch of tokens
+                (guidance), and the tokens are then shown to every part.
             batch: examples that a cache is made for. None makes none.
             dtype: the type of the cache.
         """
+        ...
+
+    def arrive(self, context: Any, cond: dict[str, Given]) -> None:
+        """Put more of the conditions into a context, where they were null so far."""
+        ...
+
+    def needs(self) -> dict[str, Int[Tensor, " N"]]:
+        """How many tokens of each grid or sequence a token of the image looks at."""
         ...
 
     def compile(self, *, mode: str | None = None) -> None:

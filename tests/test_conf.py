@@ -52,7 +52,7 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
 def test_every_experiment_builds_its_decoder(leaf):
     cfg = composed("train", f"experiment={leaf.name}")
     lit = instantiate(cfg.lit, _convert_="all")
-    assert lit.decoder.to_config()["backbone"]["num_classes"] == cfg.num_classes
+    assert lit.decoder.condition.num_classes == cfg.num_classes
 
 
 def test_the_default_is_the_digits_experiment():

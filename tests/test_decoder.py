@@ -55,7 +55,8 @@ def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
     decoder, steps = make(), 5
     noise = decoder.decode(LABEL, steps=steps, seed=1, step=_Nothing()).image
     x = decoder.layout.tokens(noise)
-    context = decoder.backbone.prepare(torch.arange(16), torch.zeros(16, dtype=torch.long), LABEL)
+    given = decoder.condition.check(LABEL, len(LABEL), decoder.device)
+    context = decoder.backbone.prepare(torch.arange(16), torch.zeros(16, dtype=torch.long), given)
     with torch.no_grad():
         time = decoder.backbone.embed_time(torch.arange(steps, -1, -1) / steps)
         for r in range(steps):
@@ -281,7 +282,7 @@ def test_bad_frames(make, frames):
 
 
 def test_labels_for_a_decoder_without(make):
-    with pytest.raises(ValueError, match="built without class labels"):
+    with pytest.raises(ValueError, match="built without a condition"):
         make(num_classes=0).decode([1])
 
 

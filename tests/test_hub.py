@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from rolldiff import Cosine, Decoder, Patches, Training, Transformer
-from rolldiff.conditioning import ClassLabels
+from rolldiff import ClassLabels, Cosine, Decoder, Patches, Training, Transformer
 from rolldiff.config import build, describe
 from rolldiff.times import Independent, LogitNormal, Mixture, Shared
 
@@ -15,10 +14,9 @@ def decoder():
     times = Mixture((Shared(), Independent(LogitNormal(-0.5, 2.0))), (1.0, 3.0))
     return Decoder(
         layout,
-        Transformer(layout, width=16, depth=1, heads=2, num_classes=4),
+        Transformer(layout, width=16, depth=1, heads=2, condition=ClassLabels(4)),
         noise=Cosine(2.0),
         prediction="v",
-        condition=ClassLabels(4),
         training=Training((1, 2), orders=("cells:2", list(range(8))), times=times),
     )
 

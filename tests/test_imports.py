@@ -9,12 +9,13 @@ import rolldiff
 
 ROOMS = [
     ["noise", "layout", "config", "streams"],
-    ["grouping", "schedule", "conditioning", "hub"],
-    ["times", "prediction"],
+    ["grouping", "schedule", "conditions", "hub"],
+    ["times", "prediction", "conditioning"],
     ["nn", "timetable", "training"],
     ["denoiser", "step"],
-    ["sampler", "cost"],
+    ["sampler", "cost", "arrivals"],
     ["decoding"],
+    ["begin"],
     ["decoder"],
     ["lit", "metrics", "pictures", "data"],
     ["callbacks", "report"],

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
-from rolldiff import Grouping, Patches, Transformer
+from rolldiff import ClassLabels, Grouping, Patches, Transformer
 
 
 def network(patch=1, **arguments):
@@ -106,18 +106,17 @@ def test_places_are_rotations():
 
 
 def test_labels_and_times_matter():
-    net = network(num_classes=3)
+    net = network(condition=ClassLabels(3))
     x, one = torch.randn(2, 16, 1, dtype=torch.float64), Grouping(16, 1).group
-    context = net.prepare(torch.arange(16), one, torch.tensor([0, 1]))
+    labels = net.condition.check([0, 1], 2, torch.device("cpu"))
+    context = net.prepare(torch.arange(16), one, labels)
     t = torch.full((16,), 0.5, dtype=torch.float64)
     y = net(x[:1].expand(2, -1, -1), net.embed_time(t), context)
     assert not torch.allclose(y[0], y[1])
     assert not torch.allclose(y, net(x[:1].expand(2, -1, -1), net.embed_time(t / 2), context))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"width": 18}, {"depth": 0}, {"heads": 0}, {"num_classes": -1}]
-)
+@pytest.mark.parametrize("arguments", [{"width": 18}, {"depth": 0}, {"heads": 0}])
 def test_bad_sizes(arguments):
-    with pytest.raises(ValueError, match="width|num_classes"):
+    with pytest.raises(ValueError, match="width"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))

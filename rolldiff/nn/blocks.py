@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Block", "Memory", "norm"]
+__all__ = ["Block", "Cross", "Memory", "norm"]
 
 Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N, size]
 
@@ -16,7 +16,7 @@ Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N,
 class Block(nn.Module):
     """Attention and feed-forward, each scaled before and gated after by the modulation."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, *, cross: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.table = nn.Parameter(torch.zeros(4, width))
@@ -25,6 +25,7 @@ class Block(nn.Module):
         self.out = Linear(width, width)
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
+        self.cross = Cross(width, heads) if cross else None
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 
@@ -37,6 +38,8 @@ class Block(nn.Module):
         bias: Tensor | None,
         memory: Memory | None,
         span: slice | Tensor,
+        sequence: Memory | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         scale_1, gate_1, scale_2, gate_2 = (modulation + self.table.flatten()).chunk(4, dim=-1)
         batch, n, width = h.shape
@@ -52,7 +55,34 @@ class Block(nn.Module):
         bias = bias if bias is None else bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).reshape(h.shape)))
+        if self.cross is not None and sequence is not None:
+            h = h + self.cross(h, sequence, hidden)
         return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(norm(h) * scale_2))))
+
+
+class Cross(nn.Module):
+    """Attention to a sequence whose keys and values are computed once."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = Linear(width, width, bias=False)
+        self.kv = Linear(width, 2 * width, bias=False)
+        self.out = Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+
+    def remember(self, sequence: Tensor) -> Memory:
+        """Keys and values of a sequence `[C, L, width]`."""
+        kv = self.kv(norm(sequence)).unflatten(-1, (2, self.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return norm(k).to(v.dtype), v
+
+    def forward(self, h: Tensor, sequence: Memory, hidden: Tensor | None) -> Tensor:
+        q = self.q(norm(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = sequence
+        hidden = hidden if hidden is None else hidden.to(v.dtype)
+        seen = F.scaled_dot_product_attention(norm(q).to(v.dtype), k, v, attn_mask=hidden)
+        return self.out(seen.transpose(1, 2).reshape(h.shape))
 
 
 class Linear(nn.Module):

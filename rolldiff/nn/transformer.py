@@ -10,6 +10,7 @@ and a small table for each. Places are a learned table and two-dimensional rotar
 2021).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rolldiff.conditioning import Conditions
+from rolldiff.conditions import Condition, Given
 from rolldiff.layout import Layout
-from rolldiff.nn.blocks import Block, Memory, norm
+from rolldiff.nn.blocks import Block, Cross, Memory, norm
+from rolldiff.nn.embeddings import Embeddings
 from rolldiff.nn.graphs import Graphs
 
 __all__ = ["Transformer"]
@@ -29,10 +33,14 @@ class _Context:
     """What `Transformer.prepare` computes once; shapes with N are in decode order."""
 
     place: Float[Tensor, "*B N width"]
+    order: Int[Tensor, "*B N"]
     cos: Float[Tensor, "*B N size"]
     sin: Float[Tensor, "*B N size"]
     group: Int[Tensor, "*B N"]
     modulation: Float[Tensor, "C 1 mods"]
+    tokens: Float[Tensor, "C N width"] | None = None
+    sequence: list[Memory] | None = None
+    hidden: Float[Tensor, "C 1 N L"] | None = None
     bias: Float[Tensor, "B 1 N N"] | None = None
     memory: list[Memory] | None = None
     cached: int | None = None
@@ -50,7 +58,7 @@ class Transformer(nn.Module):
         depth: blocks.
         heads: attention heads.
         mlp_ratio: hidden channels of the feed-forward part, over `width`.
-        num_classes: class labels; 0 for none. The index `num_classes` is the null label.
+        condition: what it is conditioned on; several by name, see `rolldiff.conditions`.
         causal: block-causal attention; False lets every token see all of them, in any order, and
             rules out a cache.
 
@@ -66,7 +74,7 @@ class Transformer(nn.Module):
         depth: int = 4,
         heads: int = 3,
         mlp_ratio: float = 4.0,
-        num_classes: int = 0,
+        condition: Condition | Mapping[str, Condition] | Conditions | None = None,
         causal: bool = True,
     ) -> None:
         super().__init__()
@@ -75,9 +83,8 @@ class Transformer(nn.Module):
                 "width must be a multiple of 4 heads, and depth and heads 1 or more, got "
                 f"width {width}, depth {depth}, heads {heads}"
             )
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         self.causal = causal
+        self.condition = Conditions.of(condition)
         self.heads = heads
         self.config = {
             "layout": layout,
@@ -85,18 +92,18 @@ class Transformer(nn.Module):
             "depth": depth,
             "heads": heads,
             "mlp_ratio": mlp_ratio,
-            "num_classes": num_classes,
+            "condition": self.condition,
             "causal": causal,
         }
         self.embed = nn.Linear(layout.token_dim, width)
         self.place = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
         self.time = _Time(width, 6 * width)
-        self.label = nn.Embedding(num_classes + 1, 6 * width)
+        self.given = Embeddings(self.condition, layout=layout, width=width, modulation=6 * width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, int(mlp_ratio * width)) for _ in range(depth)
+            Block(width, heads, int(mlp_ratio * width), cross=self.given.start is not None)
+            for _ in range(depth)
         )
         self.head = nn.Linear(width, layout.token_dim)
-        nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._fixed_shapes = False
@@ -107,25 +114,23 @@ class Transformer(nn.Module):
         self,
         order: Int[Tensor, "*B N"],
         group: Int[Tensor, "*B N"],
-        cond: Int[Tensor, " C"] | None = None,
+        cond: dict[str, Given] | None = None,
         *,
         batch: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> _Context:
-        """See `Backbone.prepare`. `cond` are class labels, the null label among them."""
-        null = self.label.num_embeddings - 1
-        cond = torch.tensor([null], device=order.device) if cond is None else cond
+        """See `Backbone.prepare`."""
         width = self.place.shape[1]
-        # All but the first part of the modulation are factors, and start from 1.
-        ones = F.pad(self.place.new_ones(5 * width), (width, 0))
         cos, sin = self._rotation.to(order.device)[:, order]
         context = _Context(
             place=self.place[order],
+            order=order,
             cos=cos,
             sin=sin,
             group=group,
-            modulation=(self.label(cond) + ones)[:, None],
+            modulation=self.place.new_zeros(1, 1, 6 * width),
         )
+        self.arrive(context, self.condition.null(1, order.device) if cond is None else cond)
         if group.ndim == 1:
             context.groups = group.tolist()
         elif self.causal:
@@ -143,6 +148,26 @@ class Transformer(nn.Module):
 
                 context.memory = [(buffer(), buffer()) for _ in self.blocks]
         return context
+
+    def arrive(self, context: _Context, cond: dict[str, Given]) -> None:
+        """See `Backbone.arrive`."""
+        given = self.given(cond)
+        width = self.place.shape[1]
+        # All but the first part of the modulation are factors, and start from 1.
+        ones = F.pad(self.place.new_ones(5 * width), (width, 0))
+        count = next((len(there) for _, there in cond.values()), 1)
+        context.modulation = (given.modulation + ones).expand(count, -1)[:, None]
+        order = context.order
+        if given.tokens is not None:
+            context.tokens = _in_order(given.tokens, order)
+        if given.sequence is not None and given.hidden is not None:
+            context.hidden = _in_order(given.hidden, order)[:, None]
+            crosses = [block.cross for block in self.blocks if isinstance(block.cross, Cross)]
+            context.sequence = [cross.remember(given.sequence) for cross in crosses]
+
+    def needs(self) -> dict[str, Int[Tensor, " N"]]:
+        """See `Backbone.needs`."""
+        return self.given.needs()
 
     def compile(self, *, mode: str | None = None) -> None:
         """Compile the block, in place; names of weights stay as they are.
@@ -185,6 +210,9 @@ class Transformer(nn.Module):
         copies = max(1, len(context.modulation) // len(x_t))
         if copies > 1:  # guidance: the branches share all that comes before the condition
             h = h.repeat(copies, 1, 1)
+        if context.tokens is not None:
+            h = h + context.tokens[:, span]
+        hidden = None if context.hidden is None else context.hidden[:, :, span]
         width = h.shape[-1]
         added, scale, inner = (time + context.modulation).split((width, width, 4 * width), dim=-1)
         cos, sin = context.cos[..., span, :], context.sin[..., span, :]
@@ -192,7 +220,8 @@ class Transformer(nn.Module):
         h = h + added
         for layer, block in enumerate(self.blocks):
             memory = None if context.memory is None else context.memory[layer]
-            h = block(h, inner, cos, sin, bias, memory, span)
+            sequence = None if context.sequence is None else context.sequence[layer]
+            h = block(h, inner, cos, sin, bias, memory, span, sequence, hidden)
         return self.head(norm(h) * scale)
 
     def _mask(self, context: _Context, span: slice | Tensor) -> Tensor | None:
@@ -221,6 +250,14 @@ class _Time(nn.Module):
         angle = t[..., None] * (torch.pi * 2.0**octave)
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.hidden.weight.dtype)
         return self.out(F.silu(self.hidden(features)))
+
+
+def _in_order(rows: Float[Tensor, "C N F"], order: Int[Tensor, "*B N"]) -> Float[Tensor, "C N F"]:
+    """Raster order to decode order; an order for each example goes with its condition."""
+    if order.ndim == 1:
+        return rows[:, order]
+    rows = rows.expand(len(order), -1, -1)
+    return rows.gather(1, order[..., None].expand_as(rows))
 
 
 def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:

@@ -1,0 +1,107 @@
+"""The start of a decode: settings checked, everything prepared that stays the same."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolldiff.arrivals import Arrivals
+from rolldiff.conditioning import joined
+from rolldiff.decoding import Decoding, Model
+from rolldiff.denoiser import Denoiser, Guided
+from rolldiff.grouping import Grouping, Order, decode_order
+from rolldiff.schedule import RollingSchedule
+from rolldiff.step import Step
+from rolldiff.streams import Streams
+
+__all__ = ["begin"]
+
+
+def _computes_in(model: Model, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that the network computes in."""
+    if dtype is None:
+        mixed = model.device.type == "cuda" and model.dtype == torch.float32
+        return torch.bfloat16 if mixed else model.dtype
+    allowed = {model.dtype}
+    if model.dtype == torch.float32:
+        allowed |= {torch.bfloat16, torch.float16}
+    if dtype not in allowed:
+        names = " or ".join(sorted(map(str, allowed)))
+        raise ValueError(f"dtype must be {names} with {model.dtype} weights, got {dtype}")
+    return dtype
+
+
+@torch.no_grad()
+def begin(
+    model: Model,
+    cond: Any,
+    num_images: int | None,
+    num_groups: int,
+    overlap: float,
+    steps: int,
+    order: Order,
+    step: Step,
+    guidance: float,
+    seed: int | torch.Generator | None,
+    first: int,
+    cache: bool,
+    dtype: torch.dtype | None,
+) -> Decoding:
+    """Check the settings of a decode and prepare it.
+
+    Raises:
+        ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
+    """
+    computes_in = _computes_in(model, dtype)
+    grouping = Grouping(model.layout.num_tokens, num_groups)
+    schedule = RollingSchedule(num_groups, overlap)
+    schedule.stagger(steps)
+    for words in model.trained_for.beyond(num_groups, overlap, order):
+        warnings.warn(
+            f"decoding beyond what this checkpoint was trained for: {words}", stacklevel=4
+        )
+    if num_images is None:
+        num_images = model.condition.count(cond) or 1
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
+    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    arrivals = Arrivals(model.condition, cond, num_images, model.device)
+    given = arrivals.given
+    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
+    if guidance != 0:
+        if cond is None:
+            raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
+        given = joined(given, arrivals.null)
+        denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
+    permutation = decode_order(order, model.layout.coords).to(model.device)
+    context = model.backbone.prepare(
+        permutation,
+        grouping.group.to(model.device),
+        given,
+        batch=(2 if guidance else 1) * num_images if cache else None,
+        dtype=computes_in,
+    )
+    streams = Streams(seed, num_images, first=first)
+    return Decoding(
+        denoiser,
+        model.layout,
+        context,
+        permutation,
+        schedule,
+        steps,
+        step,
+        streams,
+        arrivals,
+        _needs(model, permutation),
+        model.state_dtype,
+        None if computes_in == model.dtype else computes_in,
+    )
+
+
+def _needs(model: Model, order: Tensor) -> dict[str, list[int]]:
+    """How much of each condition the first `n` tokens of the decode look at, for every `n`."""
+    needs = model.backbone.needs().items()
+    return {name: need[order].cummax(0).values.tolist() for name, need in needs}
