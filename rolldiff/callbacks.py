@@ -7,7 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from rolldiff.lit import LitDecoder
+from rolldiff.decoder import Decoder
+from rolldiff.lit import LitModel
 from rolldiff.pictures import rows
 
 __all__ = ["SampleGrid"]
@@ -38,8 +39,9 @@ class SampleGrid(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, LitDecoder)
-        decoder = pl_module.decoder
+        assert isinstance(pl_module, LitModel)
+        decoder = pl_module.model
+        assert isinstance(decoder, Decoder)
         classes = decoder.condition.num_classes
         cond = torch.arange(self.count) % classes if classes else None
         page = {

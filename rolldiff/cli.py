@@ -7,12 +7,13 @@ its traceback, as everything does where HYDRA_FULL_ERROR is set.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -31,6 +32,7 @@ usage: rolldiff COMMAND [key=value ...]
 
   train    train a decoder; with no arguments, on handwritten digits
   decode   draw images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
+  generate write codes and draw them: rolldiff generate prior=RUN decoder=RUN out=stream.gif
   bench    measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
 
 rolldiff COMMAND --help shows what can be set, rolldiff COMMAND --cfg job the settings in force.
@@ -66,19 +68,12 @@ def _train(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     summary = train(cfg)
-    several = [groups for groups in summary.fd_pixels if groups != "1"] or ["1"]
-    best = min(several, key=summary.fd_pixels.__getitem__)
-    print(f"\n{summary.table()}\n")
+    print(f"\n{summary.reported.table}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen. Everything is in {folder}")
-    print("Next:")
-    print(
-        f"  rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
-        "num_images=64 out=images.png"
-    )
+    print(f"Next:\n  {summary.reported.try_next}")
 
 
 def _decode(cfg: DictConfig) -> None:
-    import torch
     from hydra.utils import instantiate
 
     from rolldiff.lit import load
@@ -87,18 +82,9 @@ def _decode(cfg: DictConfig) -> None:
 
     if cfg.ckpt is None:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
-    out = Path(cfg.out)
-    if out.suffix.lower() not in (".png", ".gif"):
-        raise ValueError(f"out must end in .png or .gif, got {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists, got {out}")
-    decoder = load(cfg.ckpt).to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    classes = decoder.condition.num_classes
-    cond = cfg.label
-    if OmegaConf.is_list(cond):
-        cond = list(cond)
-    elif cond is None and classes and isinstance(cfg.num_images, int):
-        cond = [i % classes for i in range(cfg.num_images)]
+    out = _out(cfg)
+    decoder = load(cfg.ckpt).to(_device(cfg))
+    cond = _labels(cfg, decoder.condition.num_classes)
     ask = {
         "num_images": cfg.num_images,
         "num_groups": cfg.num_groups,
@@ -126,6 +112,58 @@ def _decode(cfg: DictConfig) -> None:
     )
 
 
+def _out(cfg: DictConfig) -> Path:
+    out = Path(cfg.out)
+    if out.suffix.lower() not in (".png", ".gif"):
+        raise ValueError(f"out must end in .png or .gif, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists, got {out}")
+    return out
+
+
+def _device(cfg: DictConfig) -> str:
+    import torch
+
+    return cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _labels(cfg: DictConfig, classes: int) -> Any:
+    """The labels asked for; without, the classes in turn."""
+    if OmegaConf.is_list(cfg.label):
+        return list(cfg.label)
+    if cfg.label is None and classes and isinstance(cfg.num_images, int):
+        return [i % classes for i in range(cfg.num_images)]
+    return cfg.label
+
+
+def _generate(cfg: DictConfig) -> None:
+    from rolldiff.generate import Generation
+    from rolldiff.pictures import film, sheet
+    from rolldiff.prior import Prior
+    from rolldiff.tokenizer import Tokenizer
+
+    for name, said in (("prior", "prior"), ("tokenizer", "decoder")):
+        if cfg[name] is None:
+            raise ValueError(f"{said} must be a run folder, got none; say {said}=PATH")
+    out = _out(cfg)
+    prior = Prior.from_pretrained(cfg.prior).to(_device(cfg))
+    generation = Generation(
+        prior,
+        Tokenizer.from_pretrained(cfg.tokenizer).to(_device(cfg)),
+        cond=_labels(cfg, prior.condition.num_classes),
+        num_images=cfg.num_images,
+        seed=cfg.seed,
+        temperature=cfg.temperature,
+        prior_guidance=cfg.guidance,
+        settings={"num_groups": cfg.num_groups, "overlap": cfg.overlap, "steps": cfg.steps},
+    )
+    if out.suffix.lower() == ".gif":
+        film((sheet(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
+    else:
+        sheet(generation.images()).save(out)
+    print(f"{out}: {cfg.num_images} images of {prior.num_tokens} codes")
+
+
 def _bench(cfg: DictConfig) -> None:
     from rolldiff.bench import bench
 
@@ -135,6 +173,7 @@ def _bench(cfg: DictConfig) -> None:
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
     "train": _train,
     "decode": _decode,
+    "generate": _generate,
     "bench": _bench,
 }
 
@@ -202,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     command, *overrides = argv
     if command not in COMMANDS:
         _fail(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
+    if command == "generate":  # Hydra would look for a file of the group `decoder`
+        overrides = [re.sub("^decoder=", "tokenizer=", override) for override in overrides]
     warnings.showwarning = _plain_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")

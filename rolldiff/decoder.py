@@ -182,6 +182,12 @@ class Decoder(Pretrained):
             noise=self.noise,
         )
 
+    def forward(
+        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
+        return self.loss(image, cond, generator=generator)
+
     def decode(
         self,
         cond: Any = None,

@@ -1,4 +1,4 @@
-"""`LitDecoder`: a decoder under Lightning's trainer.
+"""`LitModel`: a decoder, a tokenizer or a prior under Lightning's trainer.
 
 A checkpoint's hyperparameters are plain containers, so it loads with `weights_only=True`; with
 `EMAWeightAveraging` among the callbacks its `state_dict` holds the averaged weights.
@@ -7,7 +7,7 @@ A checkpoint's hyperparameters are plain containers, so it loads with `weights_o
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -17,16 +17,34 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from rolldiff.conditioning import Conditions
+from rolldiff.config import build
 from rolldiff.decoder import Decoder
 
-__all__ = ["LitDecoder", "load"]
+__all__ = ["LitModel", "load"]
 
 
-class LitDecoder(L.LightningModule):
-    """Training of a decoder: its loss, an optimizer, warm-up, then a constant or a cosine.
+@runtime_checkable
+class Trainable(Protocol):
+    """A module that can be trained: it knows its loss and its configuration."""
+
+    @property
+    def condition(self) -> Conditions: ...
+
+    def loss(
+        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+    def to_config(self) -> dict[str, Any]: ...
+
+    def save_pretrained(self, folder: str | Path) -> None: ...
+
+
+class LitModel(L.LightningModule):
+    """Training of a model: its loss, an optimizer, warm-up, then a constant or a cosine.
 
     Args:
-        decoder: the decoder, or its configuration.
+        model: what is trained, or its configuration.
         optimizer: parameters to optimizer; AdamW with its defaults if there is none.
         warmup_steps: steps in which the learning rate rises from 0.
         seed: of all that the loss draws; a batch draws the same whether the training ran through
@@ -39,7 +57,7 @@ class LitDecoder(L.LightningModule):
 
     def __init__(
         self,
-        decoder: Decoder | dict[str, Any],
+        model: Trainable | dict[str, Any],
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         warmup_steps: int = 100,
@@ -47,16 +65,16 @@ class LitDecoder(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(decoder, dict):
-            decoder = Decoder.from_config(decoder)
+        if isinstance(model, dict):
+            model = _built(model)
         if decay not in ("constant", "cosine"):
             raise ValueError(f"decay must be constant or cosine, got {decay!r}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
         self.save_hyperparameters(
-            {"decoder": decoder.to_config(), "warmup_steps": warmup_steps, "decay": decay}
+            {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay}
         )
-        self.decoder = decoder
+        self.model = model
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.decay = decay
@@ -90,8 +108,8 @@ class LitDecoder(L.LightningModule):
 
     def _loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         image, label = batch
-        cond = label if self.decoder.condition.num_classes else None
-        return self.decoder.loss(image, cond, generator=generator)
+        cond = label if self.model.condition.num_classes else None
+        return self.model.loss(image, cond, generator=generator)
 
     def _rate(self, step: int) -> float:
         rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -109,8 +127,15 @@ class LitDecoder(L.LightningModule):
         return min(done, 1.0)
 
 
+def _built(config: dict[str, Any]) -> Trainable:
+    model = build(config)
+    if not isinstance(model, Trainable):
+        raise ValueError(f"config must describe a model, got {config.get('_target_')}")
+    return model
+
+
 def load(path: str | Path) -> Decoder:
-    """A decoder from a run folder, or from a checkpoint of `LitDecoder`.
+    """A decoder from a run folder, or from a checkpoint of `LitModel`.
 
     Raises:
         ValueError: if there is nothing there, or it is damaged or not one of ours.
@@ -128,13 +153,13 @@ def load(path: str | Path) -> Decoder:
         reason = str(error).splitlines()[0]
         raise ValueError(f"ckpt {path} is damaged or no checkpoint: {reason}") from error
     try:
-        config = checkpoint["hyper_parameters"]["decoder"]
+        config = checkpoint["hyper_parameters"]["model"]
         weights = checkpoint["state_dict"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"ckpt {path} is not a checkpoint of this library") from error
     decoder = Decoder.from_config(config)
     try:
-        LitDecoder(decoder).load_state_dict(weights)
+        LitModel(decoder).load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"ckpt {path}: weights and configuration disagree") from error
     return decoder.eval()

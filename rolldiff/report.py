@@ -1,65 +1,123 @@
-"""What a training run leaves behind: distances, pictures, a summary."""
+"""What a training run leaves behind: distances and pictures."""
 
-import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rolldiff.decoder import Decoder
+from rolldiff.grouping import Grouping
 from rolldiff.metrics import FrechetDistance, distance_between
 from rolldiff.pictures import film, rows, sheet
+from rolldiff.schedule import RollingSchedule
 
-__all__ = ["Summary", "distances", "floor", "pictures"]
+__all__ = [
+    "DecoderReport",
+    "Report",
+    "Reported",
+    "device_name",
+    "distances",
+    "floor",
+    "pictures",
+    "some",
+]
 
 BATCH = 600
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The run in numbers.
+class Reported(NamedTuple):
+    """What a report found.
 
     Attributes:
-        seconds: from the first training step to the last file.
-        images_seen: training examples, with repetition.
-        steps: optimizer steps.
-        parameters: numbers in the weights.
-        fd_pixels: Fréchet distance in pixel space, by `num_groups`.
-        fd_pixels_floor: the same between two random halves of the data, mean of 10 splits.
-        samples: generated images behind each distance.
-        steps_per_group: solver steps a group.
-        device: where it ran.
-        threads: CPU threads of torch.
-        torch: its version.
+        values: for `summary.json`.
+        table: for a terminal.
+        try_next: a command that shows what was made.
     """
 
-    seconds: float
-    images_seen: int
-    steps: int
-    parameters: int
-    fd_pixels: dict[str, float]
-    fd_pixels_floor: float
-    samples: int
-    steps_per_group: int
-    device: str
-    threads: int
-    torch: str
+    values: dict[str, Any]
+    table: str
+    try_next: str
 
-    def write(self, path: str | Path) -> None:
-        """Write the summary as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
-    def table(self) -> str:
-        """The distances, for a terminal."""
+@runtime_checkable
+class Report(Protocol):
+    """What is measured and drawn when a training is over."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, before the training, what could only fail after it.
+
+        Raises:
+            ValueError: if the model cannot do what the report asks.
+        """
+        ...
+
+    def __call__(
+        self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Reported:
+        """Measure, and leave pictures in the folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderReport:
+    """Of a decoder: the distance of samples, and pictures, for several group counts.
+
+    Args:
+        num_groups: the group counts.
+        steps: solver steps a group.
+        samples: images, at most, that as many samples are compared to.
+    """
+
+    num_groups: Sequence[int]
+    steps: int = 16
+    samples: int = 2000
+
+    def check(self, model: nn.Module) -> None:
+        assert isinstance(model, Decoder)
+        for num_groups in self.num_groups:
+            Grouping(model.layout.num_tokens, num_groups)
+        RollingSchedule(1).stagger(self.steps)
+
+    def __call__(
+        self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Reported:
+        assert isinstance(model, Decoder)
+        image, label = some(image, label, self.samples, seed=seed)
+        cond = label if model.condition.num_classes else None
+        ask: dict[str, Any] = {"label": cond, "num_groups": self.num_groups, "steps": self.steps}
+        pictures(model, image, folder, seed=seed, **ask)
+        found = distances(model, image, seed=seed, **ask)
+        limit = floor(image)
         lines = ["num_groups  fd_pixels"]
-        lines += [f"{groups:>10}  {value:9.3f}" for groups, value in self.fd_pixels.items()]
-        lines += [f"{'(floor)':>10}  {self.fd_pixels_floor:9.3f}  two halves of the data"]
-        return "\n".join(lines)
+        lines += [f"{groups:>10}  {value:9.3f}" for groups, value in found.items()]
+        lines += [f"{'(floor)':>10}  {limit:9.3f}  two halves of the data"]
+        several = [groups for groups in found if groups != "1"] or ["1"]
+        best = min(several, key=found.__getitem__)
+        return Reported(
+            {
+                "fd_pixels": found,
+                "fd_pixels_floor": limit,
+                "samples": len(image),
+                "steps_per_group": self.steps,
+            },
+            "\n".join(lines),
+            f"rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
+            "num_images=64 out=images.png",
+        )
+
+
+def some(image: Tensor, label: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """As many images and labels at most, drawn without replacement."""
+    if len(image) <= count:
+        return image, label
+    chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))[:count]
+    return image[chosen], label[chosen]
 
 
 def device_name(device: torch.device) -> str:

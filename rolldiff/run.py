@@ -1,7 +1,9 @@
 """A training run: from a configuration to a folder of weights, pictures and numbers."""
 
+import json
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from rolldiff.grouping import Grouping
-from rolldiff.lit import LitDecoder
-from rolldiff.report import Summary, device_name, distances, floor, pictures
-from rolldiff.schedule import RollingSchedule
+from rolldiff.lit import LitModel
+from rolldiff.report import Reported, device_name
 
-__all__ = ["build", "named_dtype", "train"]
+__all__ = ["Summary", "build", "named_dtype", "train"]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -34,7 +34,38 @@ class _Clock(Callback):
             self.started = time.perf_counter()
 
 
-def build(cfg: DictConfig, **others: Any) -> tuple[LitDecoder, Any, L.Trainer]:
+@dataclass(frozen=True)
+class Summary:
+    """The run in numbers.
+
+    Attributes:
+        seconds: from the first training step to the last file.
+        images_seen: training examples, with repetition.
+        steps: optimizer steps.
+        parameters: numbers in the weights.
+        device: where it ran.
+        threads: CPU threads of torch.
+        torch: its version.
+        reported: what the report found.
+    """
+
+    seconds: float
+    images_seen: int
+    steps: int
+    parameters: int
+    device: str
+    threads: int
+    torch: str
+    reported: Reported
+
+    def write(self, path: str | Path) -> None:
+        """Write the summary as flat JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reported"}
+        text = json.dumps(values | self.reported.values, indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def build(cfg: DictConfig, **others: Any) -> tuple[LitModel, Any, L.Trainer]:
     """The parts of a run; nothing is written yet.
 
     Args:
@@ -47,17 +78,15 @@ def build(cfg: DictConfig, **others: Any) -> tuple[LitDecoder, Any, L.Trainer]:
     """
     lit = _make(cfg.lit)
     # What is asked for when training is over must not fail only then.
-    for num_groups in cfg.report.num_groups:
-        Grouping(lit.decoder.layout.num_tokens, num_groups)
-    RollingSchedule(1).stagger(cfg.report.steps)
+    _make(cfg.report).check(lit.model)
     return lit, _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
 
 
 def train(cfg: DictConfig) -> Summary:
-    """Train a decoder as configured, and leave everything in `cfg.run_dir`.
+    """Train a model as configured, and leave everything in `cfg.run_dir`.
 
-    Writes `last.ckpt`, `model.safetensors` and `config.json`, `samples.png`, `stream.gif`, and
-    `summary.json`, which comes last: a folder with a summary is a finished run.
+    Writes `last.ckpt`, `model.safetensors` and `config.json`, pictures, and `summary.json`,
+    which comes last: a folder with a summary is a finished run.
 
     Raises:
         hydra.errors.InstantiationException: if the configuration does not fit together.
@@ -68,38 +97,24 @@ def train(cfg: DictConfig) -> Summary:
     clock = _Clock()
     lit, data, trainer = build(
         cfg,
-        callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values())],
+        callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values() if callback)],
         logger=_make(cfg.logger) if cfg.logger else False,
     )
     trainer.fit(lit, datamodule=data)
     trainer.save_checkpoint(folder / "last.ckpt")
 
-    decoder = lit.decoder.to(trainer.strategy.root_device).eval()
-    decoder.save_pretrained(folder)
-    image, label = data.image, data.label
-    if len(image) > cfg.report.samples:
-        generator = torch.Generator().manual_seed(cfg.seed)
-        some = torch.randperm(len(image), generator=generator)[: cfg.report.samples]
-        image, label = image[some], label[some]
-    ask = {
-        "label": label if decoder.condition.num_classes else None,
-        "num_groups": list(cfg.report.num_groups),
-        "steps": cfg.report.steps,
-    }
-    pictures(decoder, image, folder, seed=cfg.seed, **ask)
-    fd_pixels = distances(decoder, image, seed=cfg.seed, **ask)
+    model = lit.to(trainer.strategy.root_device).eval().model
+    model.save_pretrained(folder)
+    reported = _make(cfg.report)(model, data.image, label=data.label, folder=folder, seed=cfg.seed)
     summary = Summary(
         seconds=time.perf_counter() - (clock.started or time.perf_counter()),
         images_seen=trainer.global_step * data.batch_size * trainer.world_size,
         steps=trainer.global_step,
-        parameters=sum(p.numel() for p in decoder.parameters()),
-        fd_pixels=fd_pixels,
-        fd_pixels_floor=floor(image),
-        samples=len(image),
-        steps_per_group=cfg.report.steps,
-        device=device_name(decoder.device),
+        parameters=sum(p.numel() for p in lit.parameters()),
+        device=device_name(trainer.strategy.root_device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
+        reported=reported,
     )
     summary.write(folder / "summary.json")
     if wandb := sys.modules.get("wandb"):  # the next job of a sweep is a run of its own

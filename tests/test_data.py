@@ -13,7 +13,7 @@ from PIL import Image
 from rolldiff import Decoder
 from rolldiff.data import Digits, Folder, Hub, images
 from rolldiff.data.draws import Draws
-from rolldiff.lit import LitDecoder
+from rolldiff.lit import LitModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUIET = {
@@ -219,13 +219,13 @@ def test_a_resumed_training_ends_with_the_same_weights(folder, tmp_path):
         saver = ModelCheckpoint(**kept, every_n_train_steps=every)
         trainer = L.Trainer(**QUIET, max_steps=steps, callbacks=[saver])
         data = Folder(path=str(folder), image_size=8, channels=1, batch_size=5, max_steps=7)
-        lit = LitDecoder(decoder, warmup_steps=0, decay="constant")
+        lit = LitModel(decoder, warmup_steps=0, decay="constant")
         if resume is None:
             trainer.fit(lit, data)
         else:
             with pytest.warns(UserWarning, match="callbacks used to create"):
                 trainer.fit(lit, data, ckpt_path=resume, weights_only=True)
-        return lit.decoder.backbone
+        return lit.model.backbone
 
     through = train(9).state_dict()  # beyond the first epoch of 7
     for steps in (3, 7, 8):
@@ -258,7 +258,7 @@ def test_published_sets_train_a_few_steps(name, column, size, channels):
     )
     before = decoder.backbone.head.weight.clone()
     L.Trainer(**QUIET, max_steps=4, enable_checkpointing=False).fit(
-        LitDecoder(decoder, warmup_steps=0), data
+        LitModel(decoder, warmup_steps=0), data
     )
     assert data.image.shape == (300, channels, size, size)
     assert data.label.bincount().min() > 10

@@ -10,7 +10,7 @@ from rolldiff import Decoder
 from rolldiff.callbacks import SampleGrid
 from rolldiff.cli import config_dir
 from rolldiff.data import Digits
-from rolldiff.lit import LitDecoder, load
+from rolldiff.lit import LitModel, load
 
 QUIET = {
     "accelerator": "cpu",
@@ -30,7 +30,7 @@ def decoder():
 
 def test_a_checkpoint_holds_averaged_weights_and_plain_containers(decoder, tmp_path):
     trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[EMAWeightAveraging(decay=0.5)])
-    lit = LitDecoder(decoder, warmup_steps=0)
+    lit = LitModel(decoder, warmup_steps=0)
     start = {n: p.clone() for n, p in lit.named_parameters()}
     trainer.fit(lit, Digits(batch_size=8, max_steps=4))
     assert any(not torch.equal(p, start[n]) for n, p in lit.named_parameters())
@@ -39,25 +39,25 @@ def test_a_checkpoint_holds_averaged_weights_and_plain_containers(decoder, tmp_p
     torch.load(path, weights_only=True)
     read = load(path)
     assert read.to_config() == decoder.to_config()
-    for name, value in lit.decoder.state_dict().items():
+    for name, value in lit.model.state_dict().items():
         assert torch.equal(value, read.state_dict()[name])
-    assert isinstance(LitDecoder.load_from_checkpoint(path, weights_only=True), LitDecoder)
+    assert isinstance(LitModel.load_from_checkpoint(path, weights_only=True), LitModel)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(decoder):
     class Poison(L.Callback):
         def on_train_batch_start(self, trainer, lit, batch, batch_idx):
             if batch_idx == 2:
-                lit.decoder.backbone.head.bias.data.fill_(float("nan"))
+                lit.model.backbone.head.bias.data.fill_(float("nan"))
 
     trainer = L.Trainer(**QUIET, max_steps=5, callbacks=[Poison()])
     with pytest.raises(FloatingPointError, match="nan at step 2"):
-        trainer.fit(LitDecoder(decoder), Digits(batch_size=8, max_steps=5))
+        trainer.fit(LitModel(decoder), Digits(batch_size=8, max_steps=5))
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])
 def test_learning_rate(decoder, decay):
-    lit = LitDecoder(decoder, warmup_steps=9, decay=decay)
+    lit = LitModel(decoder, warmup_steps=9, decay=decay)
     lit.trainer = L.Trainer(**QUIET, max_steps=100)
     rates = [lit._rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1, rel=0.01)
@@ -82,13 +82,13 @@ def test_foreign_checkpoints(tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_bad_settings(decoder, arguments):
     with pytest.raises(ValueError, match="decay|warmup_steps"):
-        LitDecoder(decoder, **arguments)
+        LitModel(decoder, **arguments)
 
 
 def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
     class Watch(SampleGrid):
         def on_validation_epoch_end(self, trainer, pl_module):
-            seen.append(pl_module.decoder.backbone.head.weight.clone())
+            seen.append(pl_module.model.backbone.head.weight.clone())
             super().on_validation_epoch_end(trainer, pl_module)
 
     seen = []
@@ -102,10 +102,10 @@ def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
         num_sanity_val_steps=0,
         callbacks=[watch, average],
     )
-    lit = LitDecoder(decoder, warmup_steps=0)
+    lit = LitModel(decoder, warmup_steps=0)
     trainer.fit(lit, Digits(batch_size=8, max_steps=3))
     # The trainer ends with the average in place.
-    assert torch.equal(seen[0], lit.decoder.backbone.head.weight)
+    assert torch.equal(seen[0], lit.model.backbone.head.weight)
     assert (tmp_path / "step-000003.png").stat().st_size
 
 

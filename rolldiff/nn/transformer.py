@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import Condition, Given
@@ -24,6 +25,7 @@ from rolldiff.layout import Layout
 from rolldiff.nn.blocks import Block, Cross, Memory, norm
 from rolldiff.nn.embeddings import Embeddings
 from rolldiff.nn.graphs import Graphs
+from rolldiff.nn.places import causal_bias, in_order, rotation
 
 __all__ = ["Transformer"]
 
@@ -61,6 +63,8 @@ class Transformer(nn.Module):
         condition: what it is conditioned on; several by name, see `rolldiff.conditions`.
         causal: block-causal attention; False lets every token see all of them, in any order, and
             rules out a cache.
+        recompute: whether training computes each block again in the backward pass instead of
+            keeping what is inside (gradient checkpointing): less memory, a third more time.
 
     Raises:
         ValueError: if a size is below 1 or `width` is not a multiple of `4 heads`.
@@ -76,6 +80,7 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         condition: Condition | Mapping[str, Condition] | Conditions | None = None,
         causal: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if min(width, depth, heads) < 1 or width % (4 * heads):
@@ -84,6 +89,7 @@ class Transformer(nn.Module):
                 f"width {width}, depth {depth}, heads {heads}"
             )
         self.causal = causal
+        self.recompute = recompute
         self.condition = Conditions.of(condition)
         self.heads = heads
         self.config = {
@@ -94,6 +100,7 @@ class Transformer(nn.Module):
             "mlp_ratio": mlp_ratio,
             "condition": self.condition,
             "causal": causal,
+            "recompute": recompute,
         }
         self.embed = nn.Linear(layout.token_dim, width)
         self.place = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
@@ -108,7 +115,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.bias)
         self._fixed_shapes = False
         # No buffer: rotations stay in float32 whatever the weights are turned into.
-        self._rotation = _rotation(layout.coords, width // heads)
+        self._rotation = rotation(layout.coords, width // heads)
 
     def prepare(
         self,
@@ -134,7 +141,7 @@ class Transformer(nn.Module):
         if group.ndim == 1:
             context.groups = group.tolist()
         elif self.causal:
-            context.bias = _bias(group, group)[:, None]
+            context.bias = causal_bias(group, group)[:, None]
             context.cos, context.sin = context.cos[:, None], context.sin[:, None]
         if batch is not None and self._fixed_shapes:
             context.start = torch.zeros((), dtype=torch.long, device=order.device)
@@ -159,9 +166,9 @@ class Transformer(nn.Module):
         context.modulation = (given.modulation + ones).expand(count, -1)[:, None]
         order = context.order
         if given.tokens is not None:
-            context.tokens = _in_order(given.tokens, order)
+            context.tokens = in_order(given.tokens, order)
         if given.sequence is not None and given.hidden is not None:
-            context.hidden = _in_order(given.hidden, order)[:, None]
+            context.hidden = in_order(given.hidden, order)[:, None]
             crosses = [block.cross for block in self.blocks if isinstance(block.cross, Cross)]
             context.sequence = [cross.remember(given.sequence) for cross in crosses]
 
@@ -221,7 +228,11 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             memory = None if context.memory is None else context.memory[layer]
             sequence = None if context.sequence is None else context.sequence[layer]
-            h = block(h, inner, cos, sin, bias, memory, span, sequence, hidden)
+            seen = (h, inner, cos, sin, bias, memory, span, sequence, hidden)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, *seen, use_reentrant=False)
+            else:
+                h = block(*seen)
         return self.head(norm(h) * scale)
 
     def _mask(self, context: _Context, span: slice | Tensor) -> Tensor | None:
@@ -229,10 +240,10 @@ class Transformer(nn.Module):
             return context.bias
         if isinstance(span, Tensor):
             several = context.groups[-1] > 0
-            return _bias(context.group[span], context.group) if several else None
+            return causal_bias(context.group[span], context.group) if several else None
         if context.groups[span.start] == context.groups[span.stop - 1]:
             return None  # one group: it sees all that is there
-        return _bias(context.group[span], context.group[: span.stop])
+        return causal_bias(context.group[span], context.group[: span.stop])
 
 
 class _Time(nn.Module):
@@ -250,25 +261,3 @@ class _Time(nn.Module):
         angle = t[..., None] * (torch.pi * 2.0**octave)
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.hidden.weight.dtype)
         return self.out(F.silu(self.hidden(features)))
-
-
-def _in_order(rows: Float[Tensor, "C N F"], order: Int[Tensor, "*B N"]) -> Float[Tensor, "C N F"]:
-    """Raster order to decode order; an order for each example goes with its condition."""
-    if order.ndim == 1:
-        return rows[:, order]
-    rows = rows.expand(len(order), -1, -1)
-    return rows.gather(1, order[..., None].expand_as(rows))
-
-
-def _bias(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:
-    """0 where a query may see a key, minus infinity elsewhere."""
-    hidden = query[..., :, None] < key[..., None, :]
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
-
-
-def _rotation(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:
-    """Cosines and signed sines: half of a head's pairs turn with the row, half with the column."""
-    frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
-    angle = (coords[:, 1:, None] * frequency).flatten(1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])

@@ -1,0 +1,204 @@
+"""What the trainings of a tokenizer and of a prior leave behind."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rolldiff.generate import Generation, timed
+from rolldiff.grouping import Grouping
+from rolldiff.metrics import distance_between
+from rolldiff.pictures import film, rows, sheet
+from rolldiff.prior import Prior
+from rolldiff.report import Reported, floor, some
+from rolldiff.tokenizer import Tokenizer
+
+__all__ = ["PriorReport", "TokenizerReport", "prior_of", "psnr"]
+
+BATCH = 500
+SHOWN = 16
+
+
+def psnr(image: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in decibels, `10 log10(4 / mean squared error)` for [-1, 1].
+
+    The error is the mean over all images, and values are clipped first.
+    """
+    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square().mean()
+    return 10 * math.log10(4 / float(error))
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """Of a tokenizer: how near the images come back, for several group counts.
+
+    Args:
+        num_groups: the group counts.
+        steps: solver steps a group.
+        samples: images, at most.
+    """
+
+    num_groups: Sequence[int]
+    steps: int = 16
+    samples: int = 2000
+
+    def check(self, model: nn.Module) -> None:
+        assert isinstance(model, Tokenizer)
+        for num_groups in self.num_groups:
+            Grouping(model.decoder.layout.num_tokens, num_groups)
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Reported:
+        assert isinstance(model, Tokenizer)
+        image, label = some(image, label, self.samples, seed=seed)
+        codes = torch.cat([model.encode(part.to(model.device)) for part in image.split(BATCH)])
+        page = {"data": image[:SHOWN]}
+        ratios, distances = {}, {}
+        for num_groups in tqdm(self.num_groups, desc="measuring", unit="setting"):
+            ask = {"num_groups": num_groups, "steps": self.steps, "seed": seed}
+            drawn = torch.cat(
+                [
+                    model.decode(part, first=number * BATCH, **ask).image.cpu()
+                    for number, part in enumerate(codes.split(BATCH))
+                ]
+            )
+            page[f"num_groups {num_groups}"] = drawn[:SHOWN]
+            ratios[str(num_groups)] = psnr(image, drawn)
+            distances[str(num_groups)] = distance_between(image, drawn)
+        rows(page).save(folder / "reconstructions.png")
+        used = codes.flatten().bincount(minlength=model.codes) / codes.numel()
+        perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
+        lines = ["num_groups  psnr (dB)  fd_pixels"]
+        lines += [f"{g:>10}  {ratios[g]:9.2f}  {distances[g]:9.3f}" for g in ratios]
+        bits = model.num_tokens * math.log2(model.codes)
+        lines += [f"{model.num_tokens} codes of {model.codes} an image, {bits:.0f} bits"]
+        return Reported(
+            {
+                "psnr": ratios,
+                "fd_pixels": distances,
+                "fd_pixels_floor": floor(image),
+                "tokens_per_image": model.num_tokens,
+                "codes": model.codes,
+                "bits_per_image": bits,
+                "codes_in_use": perplexity,
+                "samples": len(image),
+                "steps_per_group": self.steps,
+            },
+            "\n".join(lines),
+            f"rolldiff train experiment=prior tokenizer={folder}",
+        )
+
+
+@dataclass(frozen=True)
+class PriorReport:
+    """Of a prior: the distance of what it and its tokenizer generate, and the time to see it.
+
+    Args:
+        num_groups: groups of the decode.
+        overlap: of its schedule.
+        steps: solver steps a group.
+        samples: images, at most, that as many generated ones are compared to.
+    """
+
+    num_groups: int = 4
+    overlap: float = 0.0
+    steps: int = 16
+    samples: int = 2000
+
+    def check(self, model: nn.Module) -> None:
+        assert isinstance(model, Prior)
+        Grouping(model.tokenizer.decoder.layout.num_tokens, self.num_groups)
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Reported:
+        assert isinstance(model, Prior)
+        tokenizer = model.tokenizer.to(model.device)
+        image, label = some(image, label, self.samples, seed=seed)
+        settings = {"num_groups": self.num_groups, "overlap": self.overlap, "steps": self.steps}
+        drawn, codes = [], []
+        for first in tqdm(range(0, len(image), BATCH), desc="measuring", unit="batch"):
+            part = label[first : first + BATCH] if model.condition.parts else None
+            count = min(BATCH, len(image) - first)
+            written = list(model.write(part, num_images=count, seed=seed, first=first))
+            codes.append(torch.stack(written, dim=1))
+            found = tokenizer.decode(codes[-1], seed=seed, first=first, **settings)
+            drawn.append(found.image.cpu())
+        generated = torch.cat(drawn)
+        real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])
+        seen = {tuple(row) for row in real.tolist()}
+        known = sum(tuple(row) in seen for row in torch.cat(codes).tolist()) / len(image)
+        chosen = torch.cat([(label == c).nonzero()[:2, 0] for c in label.unique()])[:20]
+        rows({"data": image[chosen], "generated": generated[chosen]}).save(folder / "samples.png")
+        cond = int(label[0]) if model.condition.parts else None
+        generation = Generation(model, tokenizer, cond=cond, seed=seed, settings=settings)
+        timed(generation, wait=False)  # the first one warms up
+        arriving, waiting = timed(generation, wait=False), timed(generation, wait=True)
+        pages = [sheet(frame.image) for frame in generation.stream()]
+        film(pages, folder / "stream.gif")
+        distance = distance_between(image, generated)
+        table = [
+            f"generated images: fd_pixels {distance:.3f}",
+            f"sequences that the data has too: {known:.0%}",
+            f"first row after {arriving.first_row:.3f} s ({arriving.codes_at_first_row} of "
+            f"{model.num_tokens} codes), whole picture after {arriving.whole:.3f} s",
+            f"all codes first: first row after {waiting.first_row:.3f} s, whole picture after "
+            f"{waiting.whole:.3f} s",
+        ]
+        return Reported(
+            {
+                "fd_pixels": distance,
+                "fd_pixels_floor": floor(image),
+                "sequences_in_data": known,
+                "tokens_per_image": model.num_tokens,
+                "while_written": asdict(arriving),
+                "all_written_first": asdict(waiting),
+                "samples": len(image),
+                **settings,
+            },
+            "\n".join(table),
+            f"rolldiff generate prior={folder} decoder=TOKENIZER label=3 "
+            f"num_groups={self.num_groups} out=stream.gif",
+        )
+
+
+def prior_of(
+    tokenizer: str,
+    *,
+    num_classes: int = 0,
+    width: int = 96,
+    depth: int = 3,
+    heads: int = 3,
+    dropout: float = 0.1,
+    drop_cond: float = 0.1,
+) -> Prior:
+    """A prior over the codes of a tokenizer, reading images through it.
+
+    Args:
+        tokenizer: the run folder of its training.
+        num_classes: see `Prior`, as all that follow.
+        width: channels.
+        depth: blocks.
+        heads: attention heads.
+        dropout: of codes.
+        drop_cond: of labels.
+    """
+    read = Tokenizer.from_pretrained(tokenizer)
+    prior = Prior(
+        read.num_tokens,
+        read.codes,
+        num_classes=num_classes,
+        width=width,
+        depth=depth,
+        heads=heads,
+        dropout=dropout,
+        drop_cond=drop_cond,
+    )
+    return prior.reading(read)

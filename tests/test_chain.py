@@ -1,0 +1,237 @@
+"""Images to codes, codes by a prior, and the picture behind them."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rolldiff import Decoder, TokenGrid, Training
+from rolldiff.chain import PriorReport, TokenizerReport, psnr
+from rolldiff.generate import Generation, timed
+from rolldiff.nn.encoder import Encoder
+from rolldiff.prior import Prior
+from rolldiff.tokenizer import Tokenizer
+
+pytest.importorskip("vector_quantize_pytorch")
+LEVELS = [3, 4]
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    decoder = Decoder.build(
+        image_size=8,
+        channels=1,
+        patch=2,
+        width=32,
+        depth=1,
+        heads=2,
+        condition=TokenGrid(4, 4, channels=2),
+        training=Training((1, 2, 4, 16), drop_cond=0.0),
+    )
+    encoder = Encoder(8, in_channels=1, factor=2, channels=2, width=8, depth=1)
+    made = Tokenizer(encoder, decoder, levels=LEVELS)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+@pytest.fixture
+def prior():
+    torch.manual_seed(1)
+    made = Prior(16, 12, num_classes=3, width=16, depth=2, heads=2)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made.eval()
+
+
+def images(count=6):
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+ASK = {"num_groups": 4, "steps": 2}
+
+
+def test_codes_are_what_the_decoder_is_told(tokenizer):
+    image = images()
+    codes = tokenizer.encode(image)
+    assert codes.shape == (6, 16)
+    assert codes.min() >= 0 < len(codes.unique()) <= codes.max() + 1 <= tokenizer.codes == 12
+    told = tokenizer.latents_of(codes).unflatten(1, (4, 4))
+    torch.testing.assert_close(told, tokenizer.latents(image))
+    decoded = tokenizer.decode(codes, seed=0, **ASK).image
+    assert torch.equal(decoded, tokenizer.decoder.decode(told, seed=0, **ASK).image)
+
+
+def test_the_encoder_trains_through_the_decoder(tokenizer):
+    loss = tokenizer.loss(images(32), generator=torch.Generator().manual_seed(0))
+    loss.backward()
+    for name, parameter in tokenizer.encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_tokenizer_is_saved_and_read(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    read = Tokenizer.from_pretrained(tmp_path)
+    codes = tokenizer.encode(images())
+    assert torch.equal(codes, read.encode(images()))
+    ask = ASK | {"seed": 3}
+    assert torch.equal(read.decode(codes, **ask).image, tokenizer.decode(codes, **ask).image)
+
+
+def test_a_code_depends_on_no_later_one(prior):
+    codes = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(0))
+
+    def logits(codes):
+        h = prior.embed(torch.cat([codes.new_full((1, 1), 12), codes[:, :-1]], dim=1))
+        number = torch.arange(16)
+        bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
+        return prior._logits(h, torch.tensor([1]), slice(0, 16), bias=bias)
+
+    for place in (0, 7, 15):
+        other = codes.clone()
+        other[0, place] = (codes[0, place] + 1) % 12
+        same = (logits(codes) - logits(other)).abs().amax(-1)[0] == 0
+        assert same.tolist() == [i <= place for i in range(16)]
+
+
+def test_written_codes_are_the_likeliest_at_temperature_0(prior):
+    """With the cache, one at a time, as without it, all at once."""
+    written = torch.stack(list(prior.write([0, 2], temperature=1e-9, seed=0)), dim=1)
+    losses = []
+    for label in ([0, 2], [1, 1]):
+        prior.drop_cond, prior.dropout = 0.0, 0.0
+        losses.append(prior.loss(written, label))
+    assert losses[0] < losses[1]
+    number = torch.arange(16)
+    bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
+    h = prior.embed(torch.cat([written.new_full((2, 1), 12), written[:, :-1]], dim=1))
+    likeliest = prior._logits(h, torch.tensor([0, 2]), slice(0, 16), bias=bias).argmax(-1)
+    assert torch.equal(likeliest, written)
+
+
+def test_draws_follow_the_distribution(prior):
+    """The first code's frequencies against the softmax, within four standard errors."""
+    count = 4000
+    first = next(iter(prior.write([1] * count, seed=0)))
+    h = prior.embed(torch.tensor([[12]]))
+    p = prior._logits(h, torch.tensor([1]), slice(0, 1))[0, 0].softmax(-1)
+    error = 4 * (p * (1 - p) / count).sqrt() + 1e-9
+    assert ((first.bincount(minlength=12) / count - p).abs() < error).all()
+
+
+def test_an_image_gets_the_same_codes_alone_and_in_a_batch(prior):
+    ask = {"seed": 5, "guidance": 0.5}
+    together = torch.stack(list(prior.write([0, 1, 2], **ask)), dim=1)
+    alone = torch.stack(list(prior.write([1], first=1, **ask)), dim=1)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_a_prior_learns_what_it_is_shown(prior):
+    codes = torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(4))
+    prior.dropout, prior.drop_cond = 0.0, 0.0
+    optimizer = torch.optim.Adam(prior.parameters(), 0.01)
+    for _ in range(80):
+        loss = prior.loss(codes, [0, 1, 2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    written = torch.stack(list(prior.write([0, 1, 2], seed=0, temperature=0.1)), dim=1)
+    assert torch.equal(written, codes)
+
+
+def test_drawing_behind_the_codes_is_drawing_after_them(tokenizer, prior):
+    for settings in (ASK, {"num_groups": 1, "steps": 2}, ASK | {"overlap": 0.5}):
+        generation = Generation(
+            prior, tokenizer, cond=[0, 1], num_images=2, seed=7, settings=settings
+        )
+        whole = generation.images()
+        frames = [(frame, generation.written) for frame in generation.stream()]
+        assert torch.equal(frames[-1][0].image, whole)
+        assert frames[0][1] == {1: 16, 4: 4}[settings["num_groups"]]
+        for a, b in pairwise(frames):
+            done = a[0].finished
+            assert torch.equal(a[0].image[..., done], b[0].image[..., done])
+
+
+def test_the_first_row_needs_no_more_than_its_codes(tokenizer, prior):
+    generation = Generation(prior, tokenizer, cond=[0], seed=7, settings=ASK)
+    arriving, waiting = timed(generation, wait=False), timed(generation, wait=True)
+    assert arriving.codes_at_first_row == 4
+    assert waiting.codes_at_first_row == 16
+    assert 0 < arriving.first_row < arriving.whole
+
+
+def test_reports(tokenizer, prior, tmp_path):
+    image, label = images(12), torch.arange(12) % 3
+    report = TokenizerReport(num_groups=[1, 4], steps=1)
+    report.check(tokenizer)
+    found = report(tokenizer, image, label=label, folder=tmp_path, seed=0).values
+    assert set(found["psnr"]) == {"1", "4"}
+    assert found["tokens_per_image"] == 16
+    report = PriorReport(num_groups=4, steps=1)
+    report.check(prior.reading(tokenizer))
+    found = report(prior, image, label=label, folder=tmp_path, seed=0).values
+    assert found["while_written"]["codes_at_first_row"] == 4
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"reconstructions.png", "samples.png", "stream.gif"}
+
+
+def test_psnr():
+    image = torch.zeros(2, 1, 4, 4)
+    assert psnr(image, image + 0.2) == pytest.approx(20)  # 10 log10(4 / 0.04)
+
+
+def test_what_does_not_belong_together(tokenizer, prior):
+    with pytest.raises(ValueError, match="same codes"):
+        Generation(Prior(16, 13), tokenizer)
+    with pytest.raises(ValueError, match="16 codes of 13"):
+        Prior(16, 13).reading(tokenizer)
+    with pytest.raises(ValueError, match="must agree"):
+        Tokenizer(tokenizer.encoder, tokenizer.decoder, levels=[3, 3, 3])
+    with pytest.raises(ValueError, match="in 0 … 11"):
+        tokenizer.decode(torch.full((1, 16), 12))
+    with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
+        tokenizer.decode(torch.zeros(1, 15, dtype=torch.long))
+    with pytest.raises(ValueError, match="a tokenizer first"):
+        prior.loss(images())
+    with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
+        prior.loss(torch.zeros(1, 15, dtype=torch.long))
+    for wrong, words in (
+        ({"temperature": 0.0}, "temperature"),
+        ({"guidance": 1.0}, "guidance needs"),
+        ({"cond": [3]}, "in 0 … 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            next(prior.write(**wrong))
+    for sizes in ({"width": 15}, {"dropout": 1.0}, {"depth": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            Prior(16, 12, **({"width": 16, "heads": 2} | sizes))
+    with pytest.raises(ValueError, match="power of 2"):
+        Encoder(8, factor=3)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_from_the_command_line(tmp_path):
+    rolldiff = str(Path(sys.executable).with_name("rolldiff"))
+    short = ["max_steps=20", "report.samples=50", "report.steps=2"]
+    tokens, codes = tmp_path / "tokens", tmp_path / "codes"
+    for ask in (
+        ["train", "experiment=tokenizer", *short, f"run_dir={tokens}"],
+        ["train", "experiment=prior", f"tokenizer={tokens}", *short, f"run_dir={codes}"],
+        ["generate", f"prior={codes}", f"decoder={tokens}", "label=3", "num_groups=4", "steps=2"],
+    ):
+        done = subprocess.run(
+            [rolldiff, *ask], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tokens / "summary.json").read_text())["codes"] == 125
+    assert json.loads((codes / "summary.json").read_text())["tokens_per_image"] == 16
+    with Image.open(tmp_path / "stream.gif") as film:
+        assert film.n_frames == 8
