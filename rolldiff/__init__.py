@@ -3,6 +3,7 @@
 from rolldiff.conditions import ClassLabels, LowResolution, TokenGrid, TokenSequence
 from rolldiff.cost import Cost
 from rolldiff.decoder import Decoded, Decoder, Frame
+from rolldiff.denoiser import Guidance
 from rolldiff.grouping import Grouping
 from rolldiff.layout import Patches
 from rolldiff.nn import Transformer
@@ -21,6 +22,7 @@ __all__ = [
     "Euler",
     "Frame",
     "Grouping",
+    "Guidance",
     "Heun",
     "LowResolution",
     "Multistep",

@@ -1,22 +1,22 @@
 """The start of a decode: settings checked, everything prepared that stays the same."""
 
-import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rolldiff.arrivals import Arrivals
 from rolldiff.conditioning import joined
 from rolldiff.decoding import Decoding, Model
-from rolldiff.denoiser import Denoiser, Guided
+from rolldiff.denoiser import Denoiser, Guidance, Guided
 from rolldiff.grouping import Grouping, Order, decode_order
 from rolldiff.schedule import RollingSchedule
 from rolldiff.step import Step
 from rolldiff.streams import Streams
 
-__all__ = ["begin"]
+__all__ = ["Known", "begin"]
 
 
 def _computes_in(model: Model, dtype: torch.dtype | None) -> torch.dtype:
@@ -33,6 +33,18 @@ def _computes_in(model: Model, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
+class Known(NamedTuple):
+    """Tokens that need no decoding, in raster order.
+
+    Attributes:
+        tokens: `[B, N, D]`; only those that are known are looked at.
+        where: which ones they are.
+    """
+
+    tokens: Float[Tensor, "B N D"]
+    where: Bool[Tensor, " N"]
+
+
 @torch.no_grad()
 def begin(
     model: Model,
@@ -43,19 +55,23 @@ def begin(
     steps: int,
     order: Order,
     step: Step,
-    guidance: float,
+    guidance: float | Guidance,
     seed: int | torch.Generator | None,
     first: int,
     cache: bool,
     dtype: torch.dtype | None,
+    known: Known | None = None,
 ) -> Decoding:
     """Check the settings of a decode and prepare it.
+
+    Tokens that are known are a group before the others, which has arrived from the start.
 
     Raises:
         ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
     """
     computes_in = _computes_in(model, dtype)
-    grouping = Grouping(model.layout.num_tokens, num_groups)
+    num_tokens, num_known = model.layout.num_tokens, 0 if known is None else int(known.where.sum())
+    group = Grouping(num_tokens - num_known, num_groups).group
     schedule = RollingSchedule(num_groups, overlap)
     schedule.stagger(steps)
     for words in model.trained_for.beyond(num_groups, overlap, order):
@@ -66,22 +82,31 @@ def begin(
         num_images = model.condition.count(cond) or 1
     if not isinstance(num_images, int) or num_images < 1:
         raise ValueError(f"num_images must be a whole number of 1 or more, got {num_images!r}")
-    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    if isinstance(guidance, int | float):
+        guidance = Guidance(float(guidance))
+    if not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance must be a finite number or a Guidance, got {guidance!r}")
     arrivals = Arrivals(model.condition, cond, num_images, model.device)
     given = arrivals.given
     denoiser = Denoiser(model.backbone, model.noise, model.prediction)
-    if guidance != 0:
+    if guidance.scale != 0:
         if cond is None:
-            raise ValueError(f"guidance needs a condition, got guidance {guidance} without cond")
+            raise ValueError(
+                f"guidance needs a condition, got guidance {guidance.scale} without cond"
+            )
         given = joined(given, arrivals.null)
         denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
     permutation = decode_order(order, model.layout.coords).to(model.device)
+    tokens = torch.empty(num_images, 0, model.layout.token_dim, device=model.device)
+    if known is not None:
+        permutation = _known_first(model, permutation, known.where)
+        group = torch.cat([torch.zeros(num_known, dtype=group.dtype), group + (num_known > 0)])
+        tokens = known.tokens[:, permutation[:num_known]]
     context = model.backbone.prepare(
         permutation,
-        grouping.group.to(model.device),
+        group.to(model.device),
         given,
-        batch=(2 if guidance else 1) * num_images if cache else None,
+        batch=(2 if guidance.scale else 1) * num_images if cache else None,
         dtype=computes_in,
     )
     streams = Streams(seed, num_images, first=first)
@@ -96,9 +121,25 @@ def begin(
         streams,
         arrivals,
         _needs(model, permutation),
+        tokens.to(model.state_dtype),
         model.state_dtype,
         None if computes_in == model.dtype else computes_in,
     )
+
+
+def _known_first(model: Model, order: Tensor, known: Tensor) -> Tensor:
+    """The known tokens, then the others in their order."""
+    found = torch.cat([order[known[order]], order[~known[order]]])
+    orders = model.trained_for.orders
+    random = any(str(name).startswith("random") for name in orders)
+    trained = [decode_order(name, model.layout.coords) for name in orders]
+    if not random and not any(torch.equal(found.cpu(), other) for other in trained):
+        warnings.warn(
+            "decoding beyond what this checkpoint was trained for: what is known comes first, and "
+            "no random order was among those trained",
+            stacklevel=4,
+        )
+    return found
 
 
 def _needs(model: Model, order: Tensor) -> dict[str, list[int]]:

@@ -15,7 +15,8 @@ from rolldiff.conditioning import Conditions
 from rolldiff.conditions import ClassLabels, Condition
 from rolldiff.cost import metered
 from rolldiff.decoding import Decoded, Frame
-from rolldiff.denoiser import Backbone
+from rolldiff.denoiser import Backbone, Guidance
+from rolldiff.editing import Editing
 from rolldiff.grouping import Order
 from rolldiff.hub import Pretrained
 from rolldiff.layout import Layout, Patches, check_image
@@ -28,7 +29,7 @@ from rolldiff.training import Training
 __all__ = ["Decoded", "Decoder", "Frame"]
 
 
-class Decoder(Pretrained):
+class Decoder(Pretrained, Editing):
     """A grouped diffusion decoder.
 
     Args:
@@ -198,7 +199,7 @@ class Decoder(Pretrained):
         steps: int = 16,
         order: Order = "top_to_bottom",
         step: Step = Euler(),
-        guidance: float = 0.0,
+        guidance: float | Guidance = 0.0,
         seed: int | torch.Generator | None = None,
         first: int = 0,
         cache: bool = True,
@@ -216,7 +217,7 @@ class Decoder(Pretrained):
             steps: solver steps a group.
             order: the decode order, see `decode_order`.
             step: the solver step.
-            guidance: 0 for none; otherwise `y + guidance (y - y_null)`.
+            guidance: 0 for none; otherwise the `w` of `y + w (y - y_null)`, see `Guidance`.
             seed: a seed or a generator; image i has the same noise alone and in any batch.
             first: the index of the first image in the seed's stream.
             cache: whether a causal backbone keeps what is finished.
@@ -241,7 +242,7 @@ class Decoder(Pretrained):
         steps: int = 16,
         order: Order = "top_to_bottom",
         step: Step = Euler(),
-        guidance: float = 0.0,
+        guidance: float | Guidance = 0.0,
         seed: int | torch.Generator | None = None,
         first: int = 0,
         cache: bool = True,

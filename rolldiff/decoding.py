@@ -103,6 +103,7 @@ class Decoding:
     streams: Streams
     arrivals: Arrivals
     needs: dict[str, list[int]]
+    known: Float[Tensor, "B K D"]
     dtype: torch.dtype
     autocast: torch.dtype | None
 
@@ -114,10 +115,13 @@ class Decoding:
         """The sampler's states. A pixel starts from the same noise whatever the order."""
         num_tokens, dim = self.layout.num_tokens, self.layout.token_dim
         x_1 = self.streams.normal(num_tokens, dim).to(self.order.device, self.dtype)
-        timetable = self.denoiser.timetable(self.schedule, self.steps, num_tokens, like=x_1)
+        known = self.known.shape[1]
+        timetable = self.denoiser.timetable(
+            self.schedule, self.steps, num_tokens, known=known, like=x_1
+        )
         return sample(
             self._denoise,
-            x_1[:, self.order],
+            torch.cat([self.known, x_1[:, self.order[known:]]], dim=1),
             timetable=timetable,
             step=self.step,
             draw=lambda n: self.streams.normal(n, dim).to(x_1),

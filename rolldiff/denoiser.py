@@ -11,6 +11,7 @@ Finished tokens never change, so with a cache it is shown each of them once more
 in which they are clean, and never again: the caller computes `cached … hi`, and nothing else.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ from rolldiff.prediction import Estimate, Prediction, solve
 from rolldiff.schedule import RollingSchedule
 from rolldiff.timetable import Timetable
 
-__all__ = ["Backbone", "Context", "Denoiser", "Guided"]
+__all__ = ["Backbone", "Context", "Denoiser", "Guidance", "Guided"]
 
 
 @runtime_checkable
@@ -110,13 +111,20 @@ class Denoiser:
     prediction: Prediction = "x"
 
     def timetable(
-        self, schedule: RollingSchedule, steps: int, num_tokens: int, *, like: Tensor
+        self,
+        schedule: RollingSchedule,
+        steps: int,
+        num_tokens: int,
+        *,
+        known: int = 0,
+        like: Tensor,
     ) -> Timetable:
         """The local times of a decode; `like` is a tensor of the state's type on its device."""
         return Timetable(
             schedule,
             steps,
             num_tokens,
+            known=known,
             noise=self.noise,
             prediction=self.prediction,
             embed=self.backbone.embed_time,
@@ -153,14 +161,53 @@ class Denoiser:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How strongly the condition is stressed, by group and time: the weight `w` of `Guided`.
+
+    Args:
+        scale: `w` of the last group.
+        first: `w` of the first group over that of the last; it changes evenly between them. 0
+            rises from no guidance, as in xAR (Ren et al. 2025).
+        interval: the local times at which there is guidance at all, from and to (Kynkäänniemi et
+            al. 2024); 0 is data.
+
+    Raises:
+        ValueError: if a number is not finite, or the interval is none in [0, 1].
+    """
+
+    scale: float
+    first: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        least, most = self.interval
+        if not (math.isfinite(self.scale) and math.isfinite(self.first)):
+            raise ValueError(
+                f"guidance must be a finite number, got {self.scale} and first {self.first}"
+            )
+        if not 0 <= least <= most <= 1:
+            raise ValueError(f"interval must be in [0, 1] and in order, got {self.interval}")
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the same for all groups and times."""
+        return self.first == 1 and self.interval == (0, 1)
+
+    def weight(self, place: float, t: float) -> float:
+        """`w` of a group at a place in the order, 0 … 1, and a local time."""
+        least, most = self.interval
+        return self.scale * (self.first + (1 - self.first) * place) if least <= t <= most else 0.0
+
+
+@dataclass(frozen=True)
 class Guided(Denoiser):
-    """Classifier-free guidance, both branches in one call: `y + guidance (y - y_null)`.
+    """Classifier-free guidance, both branches in one call: `y + w (y - y_null)`.
 
     The context holds the condition first and the null condition behind it. Guiding the prediction
     guides data and noise alike, for both are affine in it (Ho and Salimans 2022).
     """
 
-    guidance: float = 1.0
+    guidance: Guidance = Guidance(1.0)
 
     def predict(
         self,
@@ -170,4 +217,7 @@ class Guided(Denoiser):
         span: tuple[int, int],
     ) -> Tensor:
         y, y_null = super().predict(x_t, timetable, context, span).chunk(2)
-        return y + self.guidance * (y - y_null)
+        if self.guidance.constant:
+            return y + self.guidance.scale * (y - y_null)
+        w = y.new_tensor(timetable.each(*span, self.guidance.weight))
+        return y + w[:, None] * (y - y_null)

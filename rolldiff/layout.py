@@ -5,6 +5,7 @@ same in both. Tokens come in **raster order** here; `grouping.py` says in which 
 decoded.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -128,8 +129,13 @@ class Patches:
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
 
 
-def check_image(image: Tensor, layout: Layout) -> Tensor:
+def check_image(image: Tensor, layout: Layout, *, decoded: bool = False) -> Tensor:
     """The image itself.
+
+    Args:
+        image: what a user gave.
+        layout: which images there are.
+        decoded: whether it may come from a decode, which goes a little beyond [-1, 1].
 
     Raises:
         ValueError: if it is not `[B, C, H, W]` as the layout has it, floating point, in [-1, 1].
@@ -142,6 +148,6 @@ def check_image(image: Tensor, layout: Layout) -> Tensor:
     if not image.is_floating_point():
         raise ValueError(f"image must be floating point in [-1, 1], got {image.dtype}")
     least, most = (float(end) for end in image.aminmax())
-    if not -1.001 <= least <= most <= 1.001:
+    if not (decoded and math.isfinite(least + most)) and not -1.001 <= least <= most <= 1.001:
         raise ValueError(f"image must be in [-1, 1], got {least:.4g} … {most:.4g}")
     return image

@@ -54,7 +54,7 @@ def sample(
 
     Args:
         denoise: `(x_t [B, N, D], timetable, (lo, hi))` to the estimate of the tokens `lo … hi - 1`.
-        x_1: unit noise in decode order.
+        x_1: unit noise in decode order, behind the tokens that are known.
         timetable: how far each group is; at the start, when none has moved.
         step: the solver step.
         draw: `n` to fresh unit noise `[B, n, D]`, for steps that add noise.
@@ -62,8 +62,9 @@ def sample(
     Yields:
         The state, `R + 1` times.
     """
-    schedule, steps, ends = timetable.schedule, timetable.steps, timetable.ends
+    ends, known = timetable.ends, timetable.ends[timetable.first]
     x_t, x = x_1.clone(), torch.zeros_like(x_1)
+    x[:, :known] = x_1[:, :known]
     eps = torch.zeros_like(x_1) if step.multistep else x
 
     def denoise_span(x_u: Tensor, u: Level) -> Estimate:
@@ -77,10 +78,10 @@ def sample(
     def draw_span() -> Tensor:
         return draw(hi - lo)
 
-    yield State(0, x_t, timetable, x, 0, 0)
-    following = slice(*schedule.moving(0, steps))
+    yield State(0, x_t, timetable, x, known, known)
+    following = timetable.moving(0)
     for row in range(timetable.rows):
-        groups, following = following, slice(*schedule.moving(row + 1, steps))
+        groups, following = following, timetable.moving(row + 1)
         lo, hi = ends[groups.start], ends[groups.stop]
         before = timetable.ages[groups]
         after = [age + 1 for age in before]

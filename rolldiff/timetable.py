@@ -66,6 +66,7 @@ class Timetable:
         schedule: the groups and their overlap.
         steps: `S`, solver steps a group.
         num_tokens: `N`.
+        known: leading tokens that are data from the start; the groups share the others.
         noise: the noise schedule.
         prediction: what the backbone predicts.
         embed: the backbone's embedding of local times, `[T]` to `[T, E]`.
@@ -78,6 +79,7 @@ class Timetable:
         steps: int,
         num_tokens: int,
         *,
+        known: int = 0,
         noise: NoiseSchedule,
         prediction: Prediction = "x",
         embed: Callable[[Tensor], Tensor] | None = None,
@@ -86,8 +88,11 @@ class Timetable:
         self.schedule = schedule
         self.steps = steps
         self.rows = schedule.num_steps(steps)
-        self.ends = Grouping(num_tokens, schedule.num_groups).ends
-        self.ages = [0] * schedule.num_groups
+        ends = Grouping(num_tokens - known, schedule.num_groups).ends
+        # What is known is a group before the others that has arrived.
+        self.first = 1 if known else 0
+        self.ends = [0] * self.first + [known + end for end in ends]
+        self.ages = [steps] * self.first + [0] * schedule.num_groups
         self._group = {end: group for group, end in enumerate(self.ends)}
         self._sizes = [b - a for a, b in pairwise(self.ends)]
         # Whole numbers until the division, and float64 until the last: the ends are exact.
@@ -99,6 +104,28 @@ class Timetable:
         columns = zip(self._schedule.split(1, 1), self._solution.split(1, 1), strict=True)
         self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
         self._levels: dict[tuple[int, ...], Level] = {}
+
+    def moving(self, row: int) -> slice:
+        """The groups that move in a row of the scheduling matrix."""
+        first, stop = self.schedule.moving(row, self.steps)
+        return slice(first + self.first, stop + self.first)
+
+    def each(self, lo: int, hi: int, weight: Callable[[float, float], float]) -> list[float]:
+        """A number for each of the tokens `lo … hi - 1`.
+
+        Args:
+            lo: the first token.
+            hi: one past the last.
+            weight: from how far back the group is in the order, 0 … 1, and its local time.
+        """
+        last = max(1, self.schedule.num_groups - 1)
+        groups = range(self._group[lo], self._group[hi])
+        return [
+            number
+            for group in groups
+            for number in [weight((group - self.first) / last, 1 - self.ages[group] / self.steps)]
+            * self._sizes[group]
+        ]
 
     @property
     def t(self) -> Float[Tensor, " N"]:

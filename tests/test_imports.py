@@ -16,6 +16,7 @@ ROOMS = [
     ["sampler", "cost", "arrivals"],
     ["decoding"],
     ["begin"],
+    ["editing"],
     ["decoder"],
     ["lit", "metrics", "pictures", "data", "integrations"],
     ["callbacks", "report", "tokenizer"],

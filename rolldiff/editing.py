@@ -1,0 +1,119 @@
+"""Parts of an image drawn anew, with the weights that draw whole images.
+
+What is kept comes first in the decode order, whatever its place, and is data from the start: the
+network sees it as it sees any finished group. A token is kept if all of its pixels are; of a token
+that is drawn anew only the pixels asked for are changed.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rolldiff.begin import Known, begin
+from rolldiff.cost import metered
+from rolldiff.decoding import Decoded, Model
+from rolldiff.denoiser import Guidance
+from rolldiff.grouping import Order
+from rolldiff.layout import check_image
+from rolldiff.step import Euler, Step
+
+__all__ = ["Editing"]
+
+
+class Editing(Model):
+    """What a decoder can do with an image that is there."""
+
+    def inpaint(
+        self,
+        image: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "H W"],
+        cond: Any = None,
+        *,
+        num_groups: int = 1,
+        overlap: float = 0.0,
+        steps: int = 16,
+        order: Order = "top_to_bottom",
+        step: Step = Euler(),
+        guidance: float | Guidance = 0.0,
+        seed: int | torch.Generator | None = None,
+    ) -> Decoded:
+        """Draw the pixels of a mask anew; the others come back as they are, bit by bit.
+
+        Args:
+            image: in about [-1, 1]; what a decode gave may go beyond.
+            mask: `[H, W]`, True where to draw; the same for all images.
+            cond: the condition, see `decode`.
+            num_groups: groups of the tokens that are drawn, at most as many as there are.
+            overlap: see `decode`, as all that follow.
+            steps: solver steps a group.
+            order: of the tokens that are drawn.
+            step: the solver step.
+            guidance: towards the condition.
+            seed: of the noise.
+
+        Warns:
+            UserWarning: if training never showed this order; a checkpoint that was trained with a
+                random order among others knows them all.
+
+        Raises:
+            ValueError: if the image or the mask has the wrong shape or type, or the mask is empty.
+        """
+        image = check_image(image, self.layout, decoded=True).to(self.device, self.state_dtype)
+        if mask.shape != image.shape[2:] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must have shape {tuple(image.shape[2:])} and type torch.bool, got "
+                f"{tuple(mask.shape)} and {mask.dtype}"
+            )
+        if not mask.any():
+            raise ValueError("mask must be True somewhere, got False everywhere")
+        drawn = mask.to(self.device).expand(image.shape)
+        known = ~(self.layout.tokens(drawn[:1].to(image.dtype))[0] > 0).any(-1)
+        count = len(image)
+        asked = count, num_groups, overlap, steps, order, step, guidance, seed, 0, True, None
+        with torch.no_grad(), metered(self.backbone) as meter:
+            run = begin(self, cond, *asked, Known(self.layout.tokens(image), known))
+            decoded = run.decoded(meter)
+        return Decoded(torch.where(drawn, decoded.image, image), decoded.cost, decoded.overlap)
+
+    def regenerate(
+        self,
+        image: Float[Tensor, "B C H W"],
+        rows: tuple[int, int],
+        cond: Any = None,
+        *,
+        num_groups: int = 1,
+        overlap: float = 0.0,
+        steps: int = 16,
+        order: Order = "top_to_bottom",
+        step: Step = Euler(),
+        guidance: float | Guidance = 0.0,
+        seed: int | torch.Generator | None = None,
+    ) -> Decoded:
+        """Draw the rows `first … stop - 1` anew; takes what `inpaint` takes.
+
+        Args:
+            rows: `(first, stop)`, in pixels.
+
+        Raises:
+            ValueError: if there are no such rows.
+        """
+        _, height, width = self.layout.image_shape
+        first, stop = rows
+        if not 0 <= first < stop <= height:
+            raise ValueError(f"rows must be (first, stop) within 0 … {height}, got {rows}")
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[first:stop] = True
+        return self.inpaint(
+            image,
+            mask,
+            cond,
+            num_groups=num_groups,
+            overlap=overlap,
+            steps=steps,
+            order=order,
+            step=step,
+            guidance=guidance,
+            seed=seed,
+        )
