@@ -160,6 +160,19 @@ def measured(
         yield {"nfe": steps, "seconds": (time.perf_counter() - start) / 3} | found
 
 
+def write(folder: Path, table: dict[str, object], steps: int, samples: int) -> None:
+    card = {
+        "images_seen": steps * BATCH,
+        "samples": samples,
+        "seeds": 3,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "table": table,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "peers.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder of `rolldiff train`")
@@ -197,16 +210,7 @@ def main() -> None:
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "cells": list(measured(theirs, data, extractors)),
             }
-    card = {
-        "images_seen": steps * BATCH,
-        "samples": len(data.image),
-        "seeds": 3,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "table": table,
-    }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "peers.json").write_text(json.dumps(card, indent=1) + "\n")
+            write(asked.out, table, steps, len(data.image))
     print("| model | parameters | " + " | ".join(f"NFE {n}" for n in (4, 8, 16, 32)) + " |")
     print("|---|---|---|---|---|---|")
     for name, row in table.items():

@@ -14,6 +14,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BASH for line in block.splitlines()]
+CHAIN = (
+    "rolldiff train experiment=tokenizer",
+    "rolldiff train experiment=prior",
+    "rolldiff generate",
+)
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -27,7 +32,13 @@ def test_python(code, tmp_path):
 
 def test_commands_are_known():
     """What is printed as a command is run here, below, or by the gate."""
-    kinds = ("pip install -c constraints", "rolldiff decode ckpt=RUN ", "rolldiff train -m ")
+    kinds = (
+        "pip install -c constraints",
+        "rolldiff decode ckpt=RUN ",
+        "rolldiff bench ckpt=RUN",
+        "rolldiff train -m ",
+        *CHAIN,
+    )
     assert COMMANDS
     for command in COMMANDS:
         assert command.startswith(kinds) or command == ".ci/run", command
@@ -40,6 +51,28 @@ def test_decode_commands(tmp_path):
             done = rolldiff(*command.split()[1:], cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             assert (tmp_path / re.search(r"out=(\S+)", command)[1]).stat().st_size
+
+
+@pytest.mark.slow
+def test_chain_commands(tmp_path):
+    short = ["max_steps=10", "report.samples=40", "report.steps=1"]
+    for start in CHAIN:
+        (command,) = (c for c in COMMANDS if c.startswith(start))
+        more = short if "train" in start else ["steps=1"]
+        done = rolldiff(*command.split()[1:], *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stream.gif").stat().st_size
+
+
+@pytest.mark.slow
+def test_bench_commands(tmp_path):
+    assert rolldiff("train", *TINY, "run_dir=RUN", cwd=tmp_path).returncode == 0
+    short = ["bench.samples=40", "bench.seeds=[0]", "bench.features=[pixels]", "bench.steps=[2]"]
+    for number, command in enumerate(c for c in COMMANDS if c.startswith("rolldiff bench")):
+        done = rolldiff(*command.split()[1:], *short, f"run_dir=bench{number}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"bench{number}/report.md").stat().st_size
+    assert number == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,41 @@
+"""One metric of several benches side by side, for the settings that they share.
+
+python benchmarks/compare.py fd_classifier mixture=RUN/bench/results.jsonl clean=...
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rolldiff.bench.results import setting_of
+
+
+def read(path: Path, metric: str) -> dict[str, str]:
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if metric in row["metrics"]:
+            mean, std = (row["metrics"][metric][key] for key in ("mean", "std"))
+            spread = "" if std is None else f" ± {std:.3f}"
+            found[setting_of(row).words()] = f"{mean:.3f}{spread}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("metric", help="fd_classifier, fd_pixels, seams, …")
+    parser.add_argument("benches", nargs="+", help="NAME=results.jsonl")
+    asked = parser.parse_args()
+    pairs = (bench.split("=", 1) for bench in asked.benches)
+    tables = {name: read(Path(path), asked.metric) for name, path in pairs}
+    print(f"| {asked.metric} | " + " | ".join(tables) + " |")
+    print("|---" * (1 + len(tables)) + "|")
+    first, *others = tables.values()
+    for setting, value in first.items():
+        if all(setting in table for table in others):
+            values = [value, *(table[setting] for table in others)]
+            print(f"| {setting} | " + " | ".join(values) + " |")
+
+
+if __name__ == "__main__":
+    main()
