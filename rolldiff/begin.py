@@ -97,11 +97,13 @@ def begin(
         given = joined(given, arrivals.null)
         denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
     permutation = decode_order(order, model.layout.coords).to(model.device)
-    tokens = torch.empty(num_images, 0, model.layout.token_dim, device=model.device)
+    streams = Streams(seed, num_images, first=first)
+    # A pixel starts from the same noise whatever the order.
+    x_1 = streams.normal(num_tokens, model.layout.token_dim).to(model.device, model.state_dtype)
     if known is not None:
         permutation = _known_first(model, permutation, known.where)
         group = torch.cat([torch.zeros(num_known, dtype=group.dtype), group + (num_known > 0)])
-        tokens = known.tokens[:, permutation[:num_known]]
+        x_1[:, known.where] = known.tokens[:, known.where].to(x_1)
     context = model.backbone.prepare(
         permutation,
         group.to(model.device),
@@ -109,7 +111,6 @@ def begin(
         batch=(2 if guidance.scale else 1) * num_images if cache else None,
         dtype=computes_in,
     )
-    streams = Streams(seed, num_images, first=first)
     return Decoding(
         denoiser,
         model.layout,
@@ -121,8 +122,8 @@ def begin(
         streams,
         arrivals,
         _needs(model, permutation),
-        tokens.to(model.state_dtype),
-        model.state_dtype,
+        x_1[:, permutation],
+        num_known,
         None if computes_in == model.dtype else computes_in,
     )
 

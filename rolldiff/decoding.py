@@ -103,29 +103,54 @@ class Decoding:
     streams: Streams
     arrivals: Arrivals
     needs: dict[str, list[int]]
-    known: Float[Tensor, "B K D"]
-    dtype: torch.dtype
+    x_1: Float[Tensor, "B N D"]
+    known: int
     autocast: torch.dtype | None
 
     @cached_property
     def _places(self) -> Int[Tensor, " N"]:
         return self.order.argsort()
 
-    def states(self) -> Iterator[State]:
-        """The sampler's states. A pixel starts from the same noise whatever the order."""
-        num_tokens, dim = self.layout.num_tokens, self.layout.token_dim
-        x_1 = self.streams.normal(num_tokens, dim).to(self.order.device, self.dtype)
-        known = self.known.shape[1]
-        timetable = self.denoiser.timetable(
-            self.schedule, self.steps, num_tokens, known=known, like=x_1
+    def timetable(self) -> Timetable:
+        """The local times, before the first step."""
+        known, num_tokens = self.known, self.layout.num_tokens
+        return self.denoiser.timetable(
+            self.schedule, self.steps, num_tokens, known=known, like=self.x_1
         )
+
+    def states(self) -> Iterator[State]:
+        """The sampler's states."""
+        dim = self.layout.token_dim
         return sample(
             self._denoise,
-            torch.cat([self.known, x_1[:, self.order[known:]]], dim=1),
-            timetable=timetable,
+            self.x_1,
+            timetable=self.timetable(),
             step=self.step,
-            draw=lambda n: self.streams.normal(n, dim).to(x_1),
+            draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
         )
+
+    def noise(self, image: Float[Tensor, "B N D"], *, iterations: int) -> Float[Tensor, "B N D"]:
+        """The noise from which the decode would draw these tokens, all in decode order.
+
+        Group by group, each among the finished ones before it, the steps are taken back: of each,
+        the point that it would have started from is found by iterating
+        `x_t <- x_t + x_s - step(x_t)`, which holds still where `step(x_t) = x_s`.
+        """
+        timetable, x_t, noise = self.timetable(), image.clone(), []
+        for group in range(timetable.first, len(timetable.ages)):
+            lo, hi = timetable.ends[group], timetable.ends[group + 1]
+            here, x_s = x_t[:, lo:hi], image[:, lo:hi]
+            for age in range(self.steps - 1, -1, -1):
+                timetable.ages[group] = age
+                s = timetable.level(lo, hi, ahead=1)
+                for _ in range(iterations):
+                    estimate = self._denoise(x_t, timetable, (lo, hi))
+                    here += x_s - torch.addcmul(s.alpha * estimate.x, s.sigma, estimate.eps)
+                x_s = here.clone()
+            noise.append(x_s)
+            timetable.ages[group] = self.steps  # the next groups see it finished
+            x_t[:, lo:hi] = image[:, lo:hi]
+        return torch.cat(noise, dim=1)
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         """Tokens in decode order as images."""

@@ -5,6 +5,8 @@ network sees it as it sees any finished group. A token is kept if all of its pix
 that is drawn anew only the pixels asked for are changed.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from rolldiff.begin import Known, begin
 from rolldiff.cost import metered
 from rolldiff.decoding import Decoded, Model
 from rolldiff.denoiser import Guidance
-from rolldiff.grouping import Order
+from rolldiff.grouping import Grouping, Order
 from rolldiff.layout import check_image
 from rolldiff.step import Euler, Step
 
@@ -117,3 +119,53 @@ class Editing(Model):
             guidance=guidance,
             seed=seed,
         )
+
+    def variations(
+        self,
+        image: Float[Tensor, "B C H W"],
+        groups: Sequence[int],
+        cond: Any = None,
+        *,
+        num_groups: int,
+        steps: int = 16,
+        order: Order = "top_to_bottom",
+        guidance: float | Guidance = 0.0,
+        seed: int | torch.Generator | None = None,
+        iterations: int = 8,
+    ) -> Decoded:
+        """Draw some groups from new noise and all others from their own.
+
+        The noise of a group is found by taking the Euler steps of its decode back, among the
+        finished groups before it. Groups before the first that is new come back nearly as they
+        were; those behind it are drawn from their own noise, and follow what is new before them.
+
+        Args:
+            image: in about [-1, 1].
+            groups: the groups that get new noise, from 0.
+            cond: the condition, see `decode`.
+            num_groups: groups of the decode, one after another.
+            steps: solver steps a group.
+            order: the decode order.
+            guidance: towards the condition.
+            seed: of the new noise.
+            iterations: network calls for each step that is taken back. More come nearer.
+
+        Raises:
+            ValueError: if there is no such group, or the image has the wrong shape.
+        """
+        image = check_image(image, self.layout, decoded=True).to(self.device, self.state_dtype)
+        if any(not 0 <= group < num_groups for group in groups):
+            raise ValueError(f"groups must be in 0 … {num_groups - 1}, got {list(groups)}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be 1 or more, got {iterations}")
+        count = len(image)
+        asked = count, num_groups, 0.0, steps, order, Euler(), guidance, seed, 0, True, None
+        with torch.no_grad(), metered(self.backbone) as meter:
+            back, run = begin(self, cond, *asked), begin(self, cond, *asked)
+            tokens = self.layout.tokens(image)[:, run.order]
+            noise = back.noise(tokens, iterations=iterations)
+            ends = Grouping(self.layout.num_tokens, num_groups).ends
+            for group in groups:
+                new = slice(ends[group], ends[group + 1])
+                noise[:, new] = run.x_1[:, new]
+            return replace(run, x_1=noise).decoded(meter)

@@ -79,9 +79,28 @@ def test_orders_that_were_not_trained_are_told():
     decoder.inpaint(image(), HOLES["below"], **ASK)  # the upper rows come first anyway
 
 
+def test_variations_keep_the_noise_of_other_groups(make):
+    decoder = make(dtype=torch.float64, prediction="velocity")
+    ask = {"num_groups": 4, "steps": 4, "seed": 0, "iterations": 60}
+    whole = decoder.decode([1, 2], num_groups=4, steps=4, seed=5).image
+    same = decoder.variations(whole, [], [1, 2], **ask).image
+    torch.testing.assert_close(same, whole, rtol=1e-6, atol=1e-6)
+    found = decoder.layout.tokens(decoder.variations(whole, [1], [1, 2], **ask).image)
+    before = decoder.layout.tokens(whole)
+    torch.testing.assert_close(found[:, :4], before[:, :4], rtol=1e-6, atol=1e-6)
+    moved = (found - before).abs().mean((0, 2)).view(4, 4).mean(1)
+    # New noise changes its own group most; the others follow it, with their own noise.
+    assert moved[1] > 5 * moved[2] > 0
+    assert moved[1] > 5 * moved[3] > 0
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(make):
     decoder = make()
+    with pytest.raises(ValueError, match="groups must be in 0 … 3"):
+        decoder.variations(image(), [4], num_groups=4)
+    with pytest.raises(ValueError, match="iterations"):
+        decoder.variations(image(), [0], num_groups=4, iterations=0)
     for mask in (torch.zeros(8, 7, dtype=torch.bool), torch.ones(8, 8)):
         with pytest.raises(ValueError, match="mask must have shape"):
             decoder.inpaint(image(), mask, **ASK)
