@@ -13,17 +13,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import rolldiff
+from rolldiff import commands
+from rolldiff.commands import config_dir
 
 __all__ = ["config_dir", "main"]
 
@@ -39,15 +41,6 @@ rolldiff COMMAND --help shows what can be set, rolldiff COMMAND --cfg job the se
 """
 
 
-def config_dir() -> Path:
-    """The folder of YAML files: beside the package in a wheel, beside its parent in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if folder.is_dir():
-            return folder
-    raise ValueError(f"conf must stand beside {package} or inside it, and is missing")
-
-
 def _fail(words: object, status: int = 2) -> NoReturn:
     if "HYDRA_FULL_ERROR" in os.environ and isinstance(words, BaseException):
         raise words
@@ -60,121 +53,11 @@ def _plain_warning(message: object, *_: object) -> None:
     print(f"rolldiff: {message}", file=sys.stderr)
 
 
-def _train(cfg: DictConfig) -> None:
-    # Imported here: a wrong override is told before Lightning is loaded.
-    from rolldiff.run import train
-
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    summary = train(cfg)
-    print(f"\n{summary.reported.table}\n")
-    print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen. Everything is in {folder}")
-    print(f"Next:\n  {summary.reported.try_next}")
-
-
-def _decode(cfg: DictConfig) -> None:
-    from hydra.utils import instantiate
-
-    from rolldiff.lit import load
-    from rolldiff.pictures import film, sheet
-    from rolldiff.run import named_dtype
-
-    if cfg.ckpt is None:
-        raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
-    out = _out(cfg)
-    decoder = load(cfg.ckpt).to(_device(cfg))
-    cond = _labels(cfg, decoder.condition.num_classes)
-    ask = {
-        "num_images": cfg.num_images,
-        "num_groups": cfg.num_groups,
-        "overlap": cfg.overlap,
-        "steps": cfg.steps,
-        "order": cfg.order if isinstance(cfg.order, str) else list(cfg.order),
-        "step": instantiate(cfg.step),
-        "guidance": cfg.guidance,
-        "seed": cfg.seed,
-        "dtype": named_dtype(cfg.dtype),
-    }
-    if cfg.compile:
-        decoder.compile()
-    if out.suffix.lower() == ".gif":
-        frames = decoder.stream(cond, frames=cfg.frames, **ask)
-        film((sheet(frame.image) for frame in frames), out)
-        print(out)
-        return
-    decoded = decoder.decode(cond, **ask)
-    sheet(decoded.image).save(out)
-    cost = decoded.cost
-    print(
-        f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
-        f"{cost.tokens} token evaluations an image, {cost.seconds:.2f} s"
-    )
-
-
-def _out(cfg: DictConfig) -> Path:
-    out = Path(cfg.out)
-    if out.suffix.lower() not in (".png", ".gif"):
-        raise ValueError(f"out must end in .png or .gif, got {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists, got {out}")
-    return out
-
-
-def _device(cfg: DictConfig) -> str:
-    import torch
-
-    return cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _labels(cfg: DictConfig, classes: int) -> Any:
-    """The labels asked for; without, the classes in turn."""
-    if OmegaConf.is_list(cfg.label):
-        return list(cfg.label)
-    if cfg.label is None and classes and isinstance(cfg.num_images, int):
-        return [i % classes for i in range(cfg.num_images)]
-    return cfg.label
-
-
-def _generate(cfg: DictConfig) -> None:
-    from rolldiff.generate import Generation
-    from rolldiff.pictures import film, sheet
-    from rolldiff.prior import Prior
-    from rolldiff.tokenizer import Tokenizer
-
-    for name, said in (("prior", "prior"), ("tokenizer", "decoder")):
-        if cfg[name] is None:
-            raise ValueError(f"{said} must be a run folder, got none; say {said}=PATH")
-    out = _out(cfg)
-    prior = Prior.from_pretrained(cfg.prior).to(_device(cfg))
-    generation = Generation(
-        prior,
-        Tokenizer.from_pretrained(cfg.tokenizer).to(_device(cfg)),
-        cond=_labels(cfg, prior.condition.num_classes),
-        num_images=cfg.num_images,
-        seed=cfg.seed,
-        temperature=cfg.temperature,
-        prior_guidance=cfg.guidance,
-        settings={"num_groups": cfg.num_groups, "overlap": cfg.overlap, "steps": cfg.steps},
-    )
-    if out.suffix.lower() == ".gif":
-        film((sheet(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
-    else:
-        sheet(generation.images()).save(out)
-    print(f"{out}: {cfg.num_images} images of {prior.num_tokens} codes")
-
-
-def _bench(cfg: DictConfig) -> None:
-    from rolldiff.bench import bench
-
-    print(bench(cfg, conf=config_dir()) / "report.md")
-
-
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
-    "train": _train,
-    "decode": _decode,
-    "generate": _generate,
-    "bench": _bench,
+    "train": commands.train,
+    "decode": commands.decode,
+    "generate": commands.generate,
+    "bench": commands.bench,
 }
 
 
@@ -215,6 +98,8 @@ def _check(command: str, overrides: list[str]) -> list[str]:
         cfg = compose(command, overrides)
     if command != "train":
         return overrides
+    if cfg.resume is not None:
+        return _resumed(Path(cfg.resume), overrides)
     folder = Path(cfg.run_dir)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"run_dir must be a new or an empty folder, got {folder}")
@@ -223,6 +108,20 @@ def _check(command: str, overrides: list[str]) -> list[str]:
     build(cfg)
     kept = [override for override in overrides if not override.startswith("run_dir=")]
     return [*kept, f"run_dir='{folder}'"]
+
+
+def _resumed(folder: Path, overrides: list[str]) -> list[str]:
+    """The overrides of a training that goes on: its settings are in its folder."""
+    from rolldiff.run import newest
+
+    if not (folder / "config.yaml").is_file() or newest(folder) is None:
+        raise ValueError(f"resume must be the folder of a run with a checkpoint, got {folder}")
+    if (folder / "summary.json").is_file():
+        raise ValueError(f"resume must be a run that is not finished, got {folder}")
+    others = [o for o in overrides if not o.startswith(("resume=", "piece="))]
+    if others:
+        raise ValueError(f"resume takes the settings of the run, got {' '.join(others)} beside it")
+    return [*overrides, f"run_dir='{folder}'"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from rolldiff.lit import LitModel
 from rolldiff.report import Reported, device_name
 
-__all__ = ["Summary", "build", "named_dtype", "train"]
+__all__ = ["Summary", "build", "named_dtype", "newest", "train"]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -25,13 +26,43 @@ def _make(cfg: DictConfig, **others: Any) -> Any:
 
 
 class _Clock(Callback):
-    """Knows when the first training step began."""
+    """Knows how long the training has taken, in all its pieces, and when a piece is over.
 
-    started: float | None = None
+    It comes after the callback that averages the weights: what it saves holds this step's average.
+    """
+
+    def __init__(self, piece: timedelta | None, last: Path) -> None:
+        super().__init__()
+        self.piece, self.last = piece, last
+        self.before = 0.0
+        self.started: float | None = None
+        self.stopped = False
+
+    @property
+    def seconds(self) -> float:
+        """Since the first training step."""
+        now = time.perf_counter()
+        return self.before + now - (self.started or now)
 
     def on_train_batch_start(self, *_: object) -> None:
         if self.started is None:
             self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if self.piece is None or self.stopped or self.started is None:
+            return
+        if time.perf_counter() - self.started > self.piece.total_seconds():
+            self.stopped = trainer.global_step < trainer.max_steps
+            if self.stopped:
+                # Now: when the training ends, the average takes the place of the weights.
+                trainer.save_checkpoint(self.last, weights_only=False)
+                trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.before = state_dict["seconds"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +113,17 @@ def build(cfg: DictConfig, **others: Any) -> tuple[LitModel, Any, L.Trainer]:
     return lit, _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
 
 
-def train(cfg: DictConfig) -> Summary:
+def train(cfg: DictConfig) -> Summary | None:
     """Train a model as configured, and leave everything in `cfg.run_dir`.
+
+    Where there is a checkpoint, of a piece or of a run that was killed, it goes on from there, with
+    the batches and the noise that would have come next.
 
     Writes `last.ckpt`, `model.safetensors` and `config.json`, pictures, and `summary.json`,
     which comes last: a folder with a summary is a finished run.
+
+    Returns:
+        The summary; None if `cfg.piece` was over before the training.
 
     Raises:
         hydra.errors.InstantiationException: if the configuration does not fit together.
@@ -94,20 +131,22 @@ def train(cfg: DictConfig) -> Summary:
     """
     folder = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
-    clock = _Clock()
+    clock = _Clock(_span(cfg.piece), folder / "last.ckpt")
     lit, data, trainer = build(
         cfg,
-        callbacks=[clock, *(_make(callback) for callback in cfg.callbacks.values() if callback)],
+        callbacks=[*(_make(callback) for callback in cfg.callbacks.values() if callback), clock],
         logger=_make(cfg.logger) if cfg.logger else False,
     )
-    trainer.fit(lit, datamodule=data)
+    trainer.fit(lit, datamodule=data, ckpt_path=newest(folder), weights_only=True)
+    if clock.stopped:
+        return None
     trainer.save_checkpoint(folder / "last.ckpt")
 
     model = lit.to(trainer.strategy.root_device).eval().model
     model.save_pretrained(folder)
     reported = _make(cfg.report)(model, data.image, label=data.label, folder=folder, seed=cfg.seed)
     summary = Summary(
-        seconds=time.perf_counter() - (clock.started or time.perf_counter()),
+        seconds=clock.seconds,
         images_seen=trainer.global_step * data.batch_size * trainer.world_size,
         steps=trainer.global_step,
         parameters=sum(p.numel() for p in lit.parameters()),
@@ -120,6 +159,23 @@ def train(cfg: DictConfig) -> Summary:
     if wandb := sys.modules.get("wandb"):  # the next job of a sweep is a run of its own
         wandb.finish()
     return summary
+
+
+def newest(folder: Path) -> Path | None:
+    """The latest checkpoint of a run, or None."""
+    found = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("last.ckpt")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _span(words: str | None) -> timedelta | None:
+    """DD:HH:MM:SS as a span of time."""
+    if words is None:
+        return None
+    parts = str(words).split(":")
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"piece must be a time DD:HH:MM:SS, got {words!r}")
+    days, hours, minutes, seconds = map(int, parts)
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:

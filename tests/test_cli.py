@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from rolldiff import Decoder
 from rolldiff.cli import main
@@ -36,6 +37,36 @@ def trained(tmp_path_factory):
     done = rolldiff("train", *TINY, "run_dir=run", "trainer.val_check_interval=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run", done
+
+
+@pytest.mark.slow
+def test_a_training_in_pieces_is_the_training(trained, tmp_path):
+    """Killed by its own clock again and again, with averaged weights, it ends as if it had not."""
+    run, _ = trained
+    ask = [*TINY, "run_dir=run", "trainer.val_check_interval=2", "piece=00:00:00:00"]
+    done = rolldiff("train", *ask, cwd=tmp_path)
+    pieces = 1
+    while "resume=run" in done.stdout:
+        assert not (tmp_path / "run/summary.json").exists()
+        done = rolldiff("train", "resume=run", "piece=00:00:00:00", cwd=tmp_path)
+        pieces += 1
+    assert done.returncode == 0, done.stderr
+    assert pieces == 4
+    ours, theirs = (
+        json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", run)
+    )
+    for key in ("images_seen", "steps", "fd_pixels"):
+        assert ours[key] == theirs[key]
+    weights = [load_file(path / "model.safetensors") for path in (tmp_path / "run", run)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    again = rolldiff("train", "resume=run", cwd=tmp_path)
+    assert (again.returncode, "not finished" in again.stderr) == (2, True)
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    done = rolldiff("train", "resume=nowhere", cwd=tmp_path)
+    assert (done.returncode, "with a checkpoint" in done.stderr) == (2, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_leaves_everything(trained):

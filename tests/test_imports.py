@@ -25,6 +25,7 @@ ROOMS = [
     ["chain"],
     ["run"],
     ["bench"],
+    ["commands"],
     ["cli"],
 ]
 HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "torchmetrics", "matplotlib", "PIL", "sklearn"}
