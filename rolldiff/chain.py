@@ -161,7 +161,9 @@ class PriorReport:
                 "while_written": asdict(arriving),
                 "all_written_first": asdict(waiting),
                 "samples": len(image),
-                **settings,
+                "num_groups": self.num_groups,
+                "overlap": self.overlap,
+                "steps_per_group": self.steps,
             },
             "\n".join(table),
             f"rolldiff generate prior={folder} decoder=TOKENIZER label=3 "
