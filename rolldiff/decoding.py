@@ -221,7 +221,7 @@ class Decoding:
     def _wait(self, count: int) -> None:
         """Until there is what the first tokens look at."""
         if self.arrivals.wait({name: need[count - 1] for name, need in self.needs.items()}):
-            with torch.autocast(self.order.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self.order.device.type, enabled=False):
                 self.denoiser.backbone.arrive(self.context, self._given())
 
     def _given(self) -> dict[str, Given]:

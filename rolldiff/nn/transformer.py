@@ -39,7 +39,7 @@ class _Context:
     cos: Float[Tensor, "*B N size"]
     sin: Float[Tensor, "*B N size"]
     group: Int[Tensor, "*B N"]
-    modulation: Float[Tensor, "C 1 mods"]
+    modulation: Float[Tensor, "C 1 mods"] | None = None
     tokens: Float[Tensor, "C N width"] | None = None
     sequence: list[Memory] | None = None
     hidden: Float[Tensor, "C 1 N L"] | None = None
@@ -135,7 +135,6 @@ class Transformer(nn.Module):
             cos=cos,
             sin=sin,
             group=group,
-            modulation=self.place.new_zeros(1, 1, 6 * width),
         )
         self.arrive(context, self.condition.null(1, order.device) if cond is None else cond)
         if group.ndim == 1:
@@ -163,14 +162,20 @@ class Transformer(nn.Module):
         # All but the first part of the modulation are factors, and start from 1.
         ones = F.pad(self.place.new_ones(5 * width), (width, 0))
         count = next((len(there) for _, there in cond.values()), 1)
-        context.modulation = (given.modulation + ones).expand(count, -1)[:, None]
+        modulation = (given.modulation + ones).expand(count, -1)[:, None].contiguous()
+        context.modulation = _kept(context.modulation, modulation)
         order = context.order
         if given.tokens is not None:
-            context.tokens = in_order(given.tokens, order)
+            context.tokens = _kept(context.tokens, in_order(given.tokens, order))
         if given.sequence is not None and given.hidden is not None:
-            context.hidden = in_order(given.hidden, order)[:, None]
+            context.hidden = _kept(context.hidden, in_order(given.hidden, order)[:, None])
             crosses = [block.cross for block in self.blocks if isinstance(block.cross, Cross)]
-            context.sequence = [cross.remember(given.sequence) for cross in crosses]
+            found = [cross.remember(given.sequence) for cross in crosses]
+            before = context.sequence or found
+            context.sequence = [
+                (_kept(k, new_k), _kept(v, new_v))
+                for (k, v), (new_k, new_v) in zip(before, found, strict=True)
+            ]
 
     def needs(self) -> dict[str, Int[Tensor, " N"]]:
         """See `Backbone.needs`."""
@@ -214,14 +219,16 @@ class Transformer(nn.Module):
 
     def _span(self, context: _Context, span: slice | Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         h = self.embed(x_t.to(self.embed.weight.dtype)) + context.place[..., span, :]
-        copies = max(1, len(context.modulation) // len(x_t))
+        modulation = context.modulation
+        assert modulation is not None  # `prepare` sees to it
+        copies = max(1, len(modulation) // len(x_t))
         if copies > 1:  # guidance: the branches share all that comes before the condition
             h = h.repeat(copies, 1, 1)
         if context.tokens is not None:
             h = h + context.tokens[:, span]
         hidden = None if context.hidden is None else context.hidden[:, :, span]
         width = h.shape[-1]
-        added, scale, inner = (time + context.modulation).split((width, width, 4 * width), dim=-1)
+        added, scale, inner = (time + modulation).split((width, width, 4 * width), dim=-1)
         cos, sin = context.cos[..., span, :], context.sin[..., span, :]
         bias = self._mask(context, span)
         h = h + added
@@ -261,3 +268,8 @@ class _Time(nn.Module):
         angle = t[..., None] * (torch.pi * 2.0**octave)
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.hidden.weight.dtype)
         return self.out(F.silu(self.hidden(features)))
+
+
+def _kept(old: Tensor | None, new: Tensor) -> Tensor:
+    """The new values, in the memory of the old ones: a CUDA graph goes on reading there."""
+    return new if old is None or old is new else old.copy_(new)
