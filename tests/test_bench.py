@@ -31,6 +31,7 @@ ASK = {
     "guidance": [0.0],
 }
 TINY = [
+    "bench.joint_steps=[]",
     "bench.num_groups=[1,2]",
     "bench.overlap=[0,0.5]",
     "bench.steps=[2,4]",
@@ -94,6 +95,12 @@ def command(run, folder):
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_one_group_may_take_more_steps():
+    settings = grid(16, **ASK, joint_steps=[4, 8])
+    assert {s.steps for s in settings if s.num_groups == 1} == {2, 4, 8}
+    assert {s.steps for s in settings if s.num_groups == 4} == {2, 4}
 
 
 def test_a_setting_is_swept_once():

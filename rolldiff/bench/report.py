@@ -53,7 +53,7 @@ def write_report(
 
 
 def _head(row: dict[str, Any], main: str, floors: Mapping[str, float], common: Bench) -> str:
-    halves = ", ".join(f"{name} {value:.4g}" for name, value in floors.items())
+    halves = ", ".join(f"{name} {value:.3g}" for name, value in floors.items())
     return f"""# Quality against cost
 
 Checkpoint `{row["ckpt"]}` ({row["checkpoint"]}), compared with {row["reference_images"]} images of
@@ -100,13 +100,20 @@ def _compared(cells: Sequence[Point], axis: Axis) -> str:
     lines = [
         f"### At equal {axis}\n",
         _in_words(found, axis) + "\n",
+        f"One group was measured up to {_most(cells, axis)}; several groups further up are "
+        "compared with the best of it.\n",
         f"| {AXES[axis]}, at most | one group | several groups | the best of them | better |",
         "|---|---|---|---|---|",
     ]
     for c in found:
-        values = f"{_value(c.one)} | {_value(c.several)} | {c.several.setting.words()}"
+        one = f"{_value(c.one)} ({c.one.setting.steps} steps)"
+        values = f"{one} | {_value(c.several)} | {c.several.setting.words()}"
         lines.append(f"| {_cost(c.budget, axis)} | {values} | {SAYS[c.verdict]} |")
     return "\n".join(lines) + "\n"
+
+
+def _most(cells: Sequence[Point], axis: Axis) -> str:
+    return _cost(max(c.cost(axis) for c in cells if c.setting.num_groups == 1), axis)
 
 
 def _in_words(found: Sequence[Comparison], axis: Axis) -> str:

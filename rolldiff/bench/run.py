@@ -83,6 +83,7 @@ def _settings(cfg: DictConfig, decoder: Decoder) -> list[Setting]:
         num_groups=list(swept.num_groups or training.num_groups),
         overlap=[float(overlap) for overlap in swept.overlap],
         steps=list(swept.steps),
+        joint_steps=[] if swept.match else list(swept.joint_steps),
         order=list(swept.order or [str(training.orders[0])]),
         step=list(swept.step),
         guidance=[float(guidance) for guidance in swept.guidance],

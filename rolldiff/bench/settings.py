@@ -67,8 +67,20 @@ def grid(
     order: Sequence[str],
     step: Sequence[str],
     guidance: Sequence[float],
+    joint_steps: Sequence[int] = (),
 ) -> list[Setting]:
     """All combinations, each once.
+
+    Args:
+        num_tokens: of the decoder.
+        num_groups: see `Setting`, as all that follow.
+        overlap: of the schedule.
+        steps: solver steps a group.
+        order: of the decode.
+        step: the solver step.
+        guidance: towards the condition.
+        joint_steps: more steps for one group, which has no other way to spend as many calls as
+            several do.
 
     Raises:
         ValueError: if a value is out of range or a list is empty.
@@ -85,7 +97,10 @@ def grid(
         if not values:
             raise ValueError(f"bench.{name} must hold a value at least, got none")
     found: dict[tuple[object, ...], Setting] = {}
-    for g, s, o, way, rule, w in product(num_groups, steps, overlap, order, step, guidance):
+    every = [*steps, *(s for s in joint_steps if s not in steps)]
+    for g, s, o, way, rule, w in product(num_groups, every, overlap, order, step, guidance):
+        if g > 1 and s not in steps:
+            continue
         Grouping(num_tokens, g)
         stagger = RollingSchedule(g, o).stagger(s)
         # One group knows neither overlap nor order.
