@@ -229,6 +229,7 @@ def test_a_killed_bench_goes_on_with_the_same_numbers(run, whole, tmp_path):
     assert len(lines(tmp_path)) == 9
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(run, whole, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     done = subprocess.run(

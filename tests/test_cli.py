@@ -196,6 +196,7 @@ def test_help_and_version(tmp_path):
     assert "ckpt" in rolldiff("decode", "--help", cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     poison = ["optimizer.lr=1e30", "callbacks.checkpoint.every_n_train_steps=1", "max_steps=20"]
     done = rolldiff("train", *TINY, *poison, "run_dir=run", cwd=tmp_path)

@@ -12,7 +12,7 @@ from rolldiff.cost import metered, predict
 def test_the_formula_is_the_count(make, step, causal, cache):
     decoder = make(causal=causal)
 
-    @run_settings(max_examples=25)
+    @run_settings(max_examples=15)
     @given(st.integers(1, 16), st.floats(0, 1), st.integers(1, 5), st.booleans())
     def agree(num_groups, overlap, steps, guidance):
         cost = decoder.decode(

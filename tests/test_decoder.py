@@ -363,6 +363,7 @@ def test_compiled_shapes_serve_every_span(make, interpreted):
     assert interpreted["unique_graphs"] == traced, "other spans, nothing compiled again"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by the tracer
 def test_a_compiled_decoder_guides_streams_and_does_without_a_cache(make, interpreted):
     decoder, plain = make(dtype=torch.float64), make(dtype=torch.float64)

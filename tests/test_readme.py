@@ -44,6 +44,7 @@ def test_commands_are_known():
         assert command.startswith(kinds) or command == ".ci/run", command
 
 
+@pytest.mark.slow
 def test_decode_commands(tmp_path):
     assert rolldiff("train", *TINY, "run_dir=RUN", cwd=tmp_path).returncode == 0
     for command in COMMANDS:
