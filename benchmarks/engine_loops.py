@@ -72,6 +72,9 @@ class Pointwise(nn.Module):
     def needs(self) -> dict[str, Tensor]:
         return {}
 
+    def arrive(self, context: Any, cond: dict[str, Any]) -> None:
+        pass  # it is told nothing
+
     def prepare(self, *place: Any, **settings: Any) -> SimpleNamespace:
         return SimpleNamespace(cached=None)
 
