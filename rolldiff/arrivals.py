@@ -50,6 +50,11 @@ class Arrivals:
         self._count = dict.fromkeys(self._arriving, 0)
         self._batch = batch
 
+    @property
+    def awaited(self) -> bool:
+        """Whether there is any iterator among the conditions."""
+        return bool(self._arriving)
+
     def wait(self, needs: dict[str, int]) -> bool:
         """Take pieces until so many tokens are there; whether there was something new.
 

@@ -121,7 +121,7 @@ def begin(
         step,
         streams,
         arrivals,
-        _needs(model, permutation),
+        _needs(model, permutation) if arrivals.awaited else {},
         x_1[:, permutation],
         num_known,
         None if computes_in == model.dtype else computes_in,

@@ -219,7 +219,7 @@ class Decoding:
             return self.denoiser(x_t, timetable, self.context, span)
 
     def _wait(self, count: int) -> None:
-        """Until there is what the first tokens look at."""
+        """Until there is what the first tokens look at; `needs` is empty if nothing arrives."""
         if self.arrivals.wait({name: need[count - 1] for name, need in self.needs.items()}):
             with torch.no_grad(), torch.autocast(self.order.device.type, enabled=False):
                 self.denoiser.backbone.arrive(self.context, self._given())
