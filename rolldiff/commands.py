@@ -46,12 +46,12 @@ def decode(cfg: DictConfig) -> None:
 
     from rolldiff.lit import load
     from rolldiff.pictures import film, sheet
-    from rolldiff.run import named_dtype
+    from rolldiff.run import named_device, named_dtype
 
     if cfg.ckpt is None:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     out = _out(cfg)
-    decoder = load(cfg.ckpt).to(_device(cfg))
+    decoder = load(cfg.ckpt).to(named_device(cfg.device))
     cond = _labels(cfg, decoder.condition.num_classes)
     ask = {
         "num_images": cfg.num_images,
@@ -89,12 +89,6 @@ def _out(cfg: DictConfig) -> Path:
     return out
 
 
-def _device(cfg: DictConfig) -> str:
-    import torch
-
-    return cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _labels(cfg: DictConfig, classes: int) -> Any:
     """The labels asked for; without, the classes in turn."""
     if OmegaConf.is_list(cfg.label):
@@ -109,16 +103,17 @@ def generate(cfg: DictConfig) -> None:
     from rolldiff.generate import Generation
     from rolldiff.pictures import film, sheet
     from rolldiff.prior import Prior
+    from rolldiff.run import named_device
     from rolldiff.tokenizer import Tokenizer
 
     for name, said in (("prior", "prior"), ("tokenizer", "decoder")):
         if cfg[name] is None:
             raise ValueError(f"{said} must be a run folder, got none; say {said}=PATH")
-    out = _out(cfg)
-    prior = Prior.from_pretrained(cfg.prior).to(_device(cfg))
+    out, device = _out(cfg), named_device(cfg.device)
+    prior = Prior.from_pretrained(cfg.prior).to(device)
     generation = Generation(
         prior,
-        Tokenizer.from_pretrained(cfg.tokenizer).to(_device(cfg)),
+        Tokenizer.from_pretrained(cfg.tokenizer).to(device),
         cond=_labels(cfg, prior.condition.num_classes),
         num_images=cfg.num_images,
         seed=cfg.seed,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rolldiff.lit import LitModel
 from rolldiff.report import Reported, device_name
 
-__all__ = ["Summary", "build", "named_dtype", "newest", "train"]
+__all__ = ["Summary", "build", "named_device", "named_dtype", "newest", "train"]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -176,6 +176,11 @@ def _span(words: str | None) -> timedelta | None:
         raise ValueError(f"piece must be a time DD:HH:MM:SS, got {words!r}")
     days, hours, minutes, seconds = map(int, parts)
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def named_device(name: str | None) -> torch.device:
+    """A device by its name; None takes a GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:

@@ -25,7 +25,7 @@ from rolldiff.decoder import Decoder
 from rolldiff.lit import load
 from rolldiff.metrics.features import Extractor, described, short_hash
 from rolldiff.report import device_name
-from rolldiff.run import named_dtype
+from rolldiff.run import named_device, named_dtype
 from rolldiff.step import Step
 
 __all__ = ["bench"]
@@ -48,7 +48,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     folder = Path(cfg.run_dir or _beside(Path(cfg.ckpt)))
     with shared() as share:
-        decoder = load(cfg.ckpt).to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        decoder = load(cfg.ckpt).to(named_device(cfg.device))
         steps = {name: _step(name, conf) for name in cfg.bench.step}
         settings = _settings(cfg, decoder)
         common = _common(cfg, decoder, share)
