@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from rolldiff.bench.conclusions import AXES, Axis, Point
+from rolldiff.bench.settings import groups_in_words
 from rolldiff.schedule import RollingSchedule
 
 __all__ = ["curves", "matrices"]
@@ -68,7 +69,7 @@ def _curves(panel: Axes, cells: Sequence[Point], axis: Axis) -> None:
             if not line:
                 continue
             style = STYLES[overlaps.index(overlap) % len(STYLES)] if num_groups > 1 else "-"
-            words = f"{num_groups} groups, overlap {overlap:g}" if num_groups > 1 else "1 group"
+            words = groups_in_words(num_groups, overlap)
             x, y = [c.cost(axis) for c in line], [c.mean for c in line]
             panel.plot(x, y, style, color=colour, marker="o", markersize=3.5, label=words)
             low = [c.mean - (c.std or 0.0) for c in line]
@@ -97,8 +98,7 @@ def matrices(shapes: Sequence[tuple[int, float]], steps: int, path: Path) -> Non
         panel.imshow(
             matrix.T.numpy(), aspect="auto", cmap="Blues_r", vmin=0, vmax=1, interpolation="none"
         )
-        words = f"{num_groups} groups, overlap {overlap:g}" if num_groups > 1 else "1 group"
-        panel.set_title(words, fontsize=9)
+        panel.set_title(groups_in_words(num_groups, overlap), fontsize=9)
         panel.set_xticks([0, len(matrix) - 1])
         panel.set_yticks([])
     panels[0, 0].set_ylabel("group, first on top", fontsize=8)

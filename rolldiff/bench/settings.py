@@ -14,7 +14,7 @@ from rolldiff import cost
 from rolldiff.grouping import Grouping
 from rolldiff.schedule import RollingSchedule
 
-__all__ = ["Match", "Setting", "counted", "grid", "matched"]
+__all__ = ["Match", "Setting", "counted", "grid", "groups_in_words", "matched"]
 
 Match = Literal["nfe", "tokens", "seconds"]
 
@@ -36,11 +36,8 @@ class Setting:
 
     def words(self) -> str:
         """The setting in a few words; what is usual is left out."""
-        words = [f"{self.num_groups} groups" if self.num_groups > 1 else "1 group"]
-        if self.num_groups > 1:
-            words.append(f"overlap {self.overlap:g}")
-        words.append(f"{self.steps} steps")
-        return ", ".join([*words, *self.manner()])
+        groups = groups_in_words(self.num_groups, self.overlap)
+        return ", ".join([groups, f"{self.steps} steps", *self.manner()])
 
     def manner(self) -> list[str]:
         """Order, step rule and guidance, as far as they are not the usual ones."""
@@ -56,6 +53,11 @@ class Setting:
     def as_dict(self) -> dict[str, Any]:
         """The settings as flat keys."""
         return asdict(self)
+
+
+def groups_in_words(num_groups: int, overlap: float) -> str:
+    """Groups and overlap; one group has none."""
+    return f"{num_groups} groups, overlap {overlap:g}" if num_groups > 1 else "1 group"
 
 
 def grid(
