@@ -20,6 +20,7 @@ from rolldiff.decoder import Decoded, Decoder
 from rolldiff.grouping import Grouping, decode_order
 from rolldiff.metrics import by_band, feature_distance, kernel_distance, precision_recall, seams
 from rolldiff.metrics.features import Extractor
+from rolldiff.metrics.seams import boundaries
 from rolldiff.step import Step
 
 __all__ = ["Bench", "Cell", "features_of"]
@@ -169,8 +170,7 @@ class Bench:
         raster[decode_order(setting.order, layout.coords)] = grouping.group
         tokens = raster[None, :, None].expand(1, -1, layout.token_dim).float()
         group = layout.image(tokens)[0, 0].long()
-        across = torch.cat([(group.diff(dim=dim) != 0).flatten() for dim in (0, 1)])
-        return None if across.all() or not across.any() else group
+        return group if boundaries(group) is not None else None
 
     def _flops(self, setting: Setting, step: Step) -> int:
         # torch's counter leaves out attention on a CPU.

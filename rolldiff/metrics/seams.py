@@ -1,12 +1,12 @@
 """Seams between groups, and drift from the first rows to the last."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rolldiff.metrics.frechet import distance_between
 
-__all__ = ["by_band", "seams"]
+__all__ = ["boundaries", "by_band", "seams"]
 
 
 def seams(
@@ -25,8 +25,8 @@ def seams(
     Raises:
         ValueError: if there is no boundary, or nothing else.
     """
-    across = torch.cat([(group.diff(dim=dim) != 0).flatten() for dim in (0, 1)])
-    if across.all() or not across.any():
+    across = boundaries(group)
+    if across is None:
         raise ValueError("group must have neighbouring pixels of two groups and of one, got none")
     ratios = []
     for image in (fake, real):
@@ -34,6 +34,15 @@ def seams(
         gradient = torch.cat(steps)
         ratios.append(gradient[across].mean() / gradient[~across].mean())
     return ratios[0] / ratios[1]
+
+
+def boundaries(group: Int[Tensor, "H W"]) -> Bool[Tensor, " P"] | None:
+    """Which pairs of neighbouring pixels, below then beside, are of two groups.
+
+    None if there is no such pair, or no other.
+    """
+    across = torch.cat([(group.diff(dim=dim) != 0).flatten() for dim in (0, 1)])
+    return None if across.all() or not across.any() else across
 
 
 def by_band(
