@@ -1,7 +1,7 @@
 """What a training run leaves behind: distances and pictures."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,6 +24,7 @@ __all__ = [
     "device_name",
     "distances",
     "floor",
+    "halves",
     "pictures",
     "some",
 ]
@@ -157,12 +158,15 @@ def distances(
 
 def floor(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float:
     """The mean distance between two random halves of the images."""
+    return sum(distance_between(*pair) for pair in halves(image, splits)) / splits
+
+
+def halves(rows: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two random halves, several times; always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    total = 0.0
     for _ in range(splits):
-        real, fake = image[torch.randperm(len(image), generator=generator)].chunk(2)
-        total += distance_between(real, fake)
-    return total / splits
+        first, second = rows[torch.randperm(len(rows), generator=generator)].chunk(2)
+        yield first, second
 
 
 def pictures(

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from rolldiff.bench.measure import Bench
 from rolldiff.bench.results import setting_of
 from rolldiff.bench.settings import Setting
 from rolldiff.metrics import feature_distance, kernel_distance
+from rolldiff.report import halves
 
 __all__ = ["AXES", "Axis", "Comparison", "Point", "comparisons", "floors", "front", "points"]
 
@@ -105,10 +104,8 @@ def floors(common: Bench, *, splits: int = 5) -> dict[str, float]:
     found = {}
     for name, extractor in common.extractors.items():
         features = common.features[name]
-        generator = torch.Generator().manual_seed(0)
         totals = [0.0, 0.0]
-        for _ in range(splits):
-            a, b = features[torch.randperm(len(features), generator=generator)].chunk(2)
+        for a, b in halves(features, splits):
             totals[0] += float(feature_distance(a, b)) / splits
             totals[1] += float(kernel_distance(a[: common.pairs], b[: common.pairs])) / splits
         found[extractor.distance], found[f"kd_{name}"] = totals
