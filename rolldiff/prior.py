@@ -136,11 +136,7 @@ class Prior(Pretrained):
         """
         codes = image
         if image.is_floating_point():
-            if not self._read:
-                raise ValueError(
-                    "loss must be given codes, or a tokenizer first (reading); got images"
-                )
-            codes = self._read[0].to(image.device).encode(image)
+            codes = self.tokenizer.to(image.device).encode(image)
         if codes.shape[1:] != (self.num_tokens,):
             raise ValueError(
                 f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
