@@ -221,7 +221,7 @@ class Prior(Pretrained):
         memory: list[Memory] | None = None,
     ) -> Float[Tensor, "B n codes"]:
         h = h + self.place[span]
-        modulation = 1 + self.label(label)[:, None]
+        modulation = 1 + self.label(label)[:, None].unflatten(-1, (4, -1))
         for layer, block in enumerate(self.blocks):
             kept = None if memory is None else memory[layer]
             h = block(h, modulation, self._cos, self._sin, bias, kept, span)

@@ -41,7 +41,7 @@ class Block(nn.Module):
         sequence: Memory | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        scale_1, gate_1, scale_2, gate_2 = (modulation + self.table.flatten()).chunk(4, dim=-1)
+        scale_1, gate_1, scale_2, gate_2 = (modulation + self.table).unbind(-2)
         batch, n, width = h.shape
         qkv = self.qkv(norm(h) * scale_1).view(batch, n, 3, self.heads, width // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, n, size]

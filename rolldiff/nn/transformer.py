@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         added, scale, inner = (time + modulation).split((width, width, 4 * width), dim=-1)
         cos, sin = context.cos[..., span, :], context.sin[..., span, :]
         bias = self._mask(context, span)
-        h = h + added
+        h, inner = h + added, inner.unflatten(-1, (4, width))
         for layer, block in enumerate(self.blocks):
             memory = None if context.memory is None else context.memory[layer]
             sequence = None if context.sequence is None else context.sequence[layer]
