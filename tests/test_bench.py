@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from omegaconf import OmegaConf
 
 from rolldiff import Decoder, Training
 from rolldiff.bench import bench
-from rolldiff.bench.conclusions import Point, comparisons, front
+from rolldiff.bench.conclusions import Point, best, comparisons, front, prices
 from rolldiff.bench.results import Results, Timings, setting_of
 from rolldiff.bench.settings import Setting, counted, grid, matched
 from rolldiff.bench.share import Share
@@ -195,6 +197,8 @@ def test_a_bench_leaves_results_a_report_and_pictures(whole):
         assert f"({name})" in report
         assert (whole / name).stat().st_size > 5000
     assert "At equal seconds" in report
+    assert re.search(r"Better: (several|one|no)", report)
+    assert re.search(r"\| 2 groups, overlap 0 \| \d\.\d\d … \d\.\d\d \|", report)
 
 
 def test_operations_are_those_of_the_tokens(whole):
@@ -265,6 +269,21 @@ def test_a_difference_counts_beyond_twice_the_spread():
     assert comparisons([point(1, 4, 1.0), point(2, 4, 2.0)], "nfe")[0].verdict == "one"
     alone = comparisons([point(1, 4, 1.0, None), point(2, 4, 2.0, None)], "nfe")
     assert alone[0].verdict is None
+
+
+def test_the_best_at_any_cost():
+    cells = [point(1, 4, 3.0), point(1, 8, 2.0), point(2, 8, 1.7), point(4, 16, 1.9)]
+    found = best(cells)
+    assert (found.one.mean, found.several.mean, found.verdict) == (2.0, 1.7, "several")
+    assert best(cells[:2]) is None
+    assert best(cells[2:]) is None
+
+
+def test_a_price_is_taken_at_equal_steps():
+    cells = [point(1, 4, 1.0), point(2, 6, 1.0), point(2, 5, 1.0), point(4, 8, 1.0)]
+    assert prices(cells) == {(2, 0.0): [1.5, 1.25], (4, 0.0): [2.0]}
+    other = replace(cells[1], setting=replace(cells[1].setting, steps=8))
+    assert prices([cells[0], other]) == {}, "no single group took as many steps"
 
 
 @pytest.mark.parametrize(

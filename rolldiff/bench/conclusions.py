@@ -16,7 +16,18 @@ from rolldiff.bench.settings import Setting
 from rolldiff.metrics import feature_distance, kernel_distance
 from rolldiff.report import halves
 
-__all__ = ["AXES", "Axis", "Comparison", "Point", "comparisons", "floors", "front", "points"]
+__all__ = [
+    "AXES",
+    "Axis",
+    "Comparison",
+    "Point",
+    "best",
+    "comparisons",
+    "floors",
+    "front",
+    "points",
+    "prices",
+]
 
 Axis = Literal["nfe", "tokens", "seconds"]
 AXES: dict[Axis, str] = {
@@ -97,6 +108,34 @@ def comparisons(cells: Sequence[Point], axis: Axis) -> list[Comparison]:
         if all(within):
             found.append(Comparison(budget, within[0][-1], within[1][-1]))
     return found
+
+
+def best(cells: Sequence[Point]) -> Comparison | None:
+    """The best of one group and the best of several, whatever they cost."""
+    one, several = (
+        min((c for c in cells if (c.setting.num_groups > 1) is many), key=_mean, default=None)
+        for many in (False, True)
+    )
+    return None if one is None or several is None else Comparison(math.inf, one, several)
+
+
+def prices(cells: Sequence[Point]) -> dict[tuple[int, float], list[float]]:
+    """For each number of groups and overlap, seconds over those of one group at equal steps."""
+    one = {_steps(c): c.seconds for c in cells if c.setting.num_groups == 1}
+    found: dict[tuple[int, float], list[float]] = {}
+    for cell in sorted(cells, key=lambda c: (c.setting.num_groups, c.setting.overlap)):
+        if cell.setting.num_groups > 1 and _steps(cell) in one:
+            ratios = found.setdefault((cell.setting.num_groups, cell.setting.overlap), [])
+            ratios.append(cell.seconds / one[_steps(cell)])
+    return found
+
+
+def _mean(cell: Point) -> float:
+    return cell.mean
+
+
+def _steps(cell: Point) -> tuple[int, str, float]:
+    return cell.setting.steps, cell.setting.step, cell.setting.guidance
 
 
 def floors(common: Bench, *, splits: int = 5) -> dict[str, float]:

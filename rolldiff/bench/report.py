@@ -4,23 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rolldiff.bench.conclusions import AXES, Axis, Comparison, Point, comparisons, front, points
+from rolldiff.bench.conclusions import AXES, Point, points
 from rolldiff.bench.measure import Bench
 from rolldiff.bench.plots import curves, matrices
-from rolldiff.bench.results import setting_of
 from rolldiff.bench.settings import Setting
+from rolldiff.bench.tables import by_manner, compared, every_cell, fronts, of_the_best, of_the_price
 from rolldiff.pictures import rows as picture_rows
 from rolldiff.step import Step
 
 __all__ = ["write_report"]
 
 SHOWN = 16  # samples in a row of a picture
-SAYS = {
-    "several": "several groups",
-    "one": "one group",
-    "neither": "no difference beyond the spread",
-    None: "one seed: no spread to tell by",
-}
 
 
 def write_report(
@@ -35,8 +29,9 @@ def write_report(
     distances = [extractor.distance for extractor in common.extractors.values()]
     main = distances[0]
     cells = points(rows, main)
-    parts = [_head(rows[0], main, floors, common)]
-    for manner, settings in _manners(cells).items():
+    manners = _manners(cells)
+    parts = [_head(rows[0], main, floors, common), of_the_best(cells), of_the_price(cells)]
+    for manner, settings in manners.items():
         title = ", ".join(manner) or "top to bottom, Euler steps"
         file = "-".join(["cost", *(word.replace(" ", "_") for word in manner)]) + ".png"
         found = {d: [p for p in points(rows, d) if p.setting in settings] for d in distances}
@@ -44,11 +39,13 @@ def write_report(
         here = found[main]
         parts += [f"## {title[0].upper()}{title[1:]}\n", f"![{main} against cost]({file})\n"]
         for axis in AXES:
-            parts += [_compared(here, axis), _fronts(here, axis)]
-    if len(_manners(cells)) > 1:
-        parts.append(_by_manner(cells))
-    parts.append(_pictures(cells, folder, common, steps))
-    parts.append(_every_cell(rows, distances, common))
+            parts += [compared(here, axis), fronts(here, axis)]
+    if len(manners) > 1:
+        parts.append(by_manner(cells, manners))
+    usual = next(iter(manners.values()))
+    here = [cell for cell in cells if cell.setting in usual]
+    parts.append(_pictures(here, folder, common, steps))
+    parts.append(every_cell(rows, list(common.extractors), distances=distances))
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -91,74 +88,8 @@ def _alike(settings: set[Setting], one: Setting) -> bool:
     return (some.step, some.guidance) == (one.step, one.guidance)
 
 
-def _compared(cells: Sequence[Point], axis: Axis) -> str:
-    found = comparisons(cells, axis)
-    if not found:
-        return (
-            f"### At equal {axis}\n\nOne group or several are missing, so there is no comparison.\n"
-        )
-    lines = [
-        f"### At equal {axis}\n",
-        _in_words(found, axis) + "\n",
-        f"One group was measured up to {_most(cells, axis)}; several groups further up are "
-        "compared with the best of it.\n",
-        f"| {AXES[axis]}, at most | one group | several groups | the best of them | better |",
-        "|---|---|---|---|---|",
-    ]
-    for c in found:
-        one = f"{_value(c.one)} ({c.one.setting.steps} steps)"
-        values = f"{one} | {_value(c.several)} | {c.several.setting.words()}"
-        lines.append(f"| {_cost(c.budget, axis)} | {values} | {SAYS[c.verdict]} |")
-    return "\n".join(lines) + "\n"
-
-
-def _most(cells: Sequence[Point], axis: Axis) -> str:
-    return _cost(max(c.cost(axis) for c in cells if c.setting.num_groups == 1), axis)
-
-
-def _in_words(found: Sequence[Comparison], axis: Axis) -> str:
-    told = []
-    for verdict, says in SAYS.items():
-        budgets = [_cost(c.budget, axis) for c in found if c.verdict == verdict]
-        if budgets:
-            told.append(f"{says} at {', '.join(budgets)}")
-    return f"Better at equal {axis}: " + "; ".join(told) + "."
-
-
-def _fronts(cells: Sequence[Point], axis: Axis) -> str:
-    lines = [
-        f"The best at each budget ({axis}); nothing cheaper is better:\n",
-        f"| {AXES[axis]} | distance | setting |",
-        "|---|---|---|",
-    ]
-    for cell in front(cells, axis):
-        cost = _cost(cell.cost(axis), axis)
-        lines.append(f"| {cost} | {_value(cell)} | {cell.setting.words()} |")
-    return "\n".join(lines) + "\n"
-
-
-def _by_manner(cells: Sequence[Point]) -> str:
-    lines = [
-        "## By order, step rule and guidance\n",
-        "The best cell of several groups:\n",
-        "| order, step rule, guidance | distance | setting |",
-        "|---|---|---|",
-    ]
-    for manner, settings in _manners(cells).items():
-        several = [c for c in cells if c.setting in settings and c.setting.num_groups > 1]
-        if several:
-            best = min(several, key=lambda c: c.mean)
-            name = ", ".join(manner) or "top_to_bottom, euler"
-            lines.append(f"| {name} | {_value(best)} | {best.setting.words()} |")
-    return "\n".join(lines) + "\n"
-
-
-def _pictures(
-    cells: Sequence[Point], folder: Path, common: Bench, steps: Mapping[str, Step]
-) -> str:
+def _pictures(here: Sequence[Point], folder: Path, common: Bench, steps: Mapping[str, Step]) -> str:
     shown = ["## Samples\n"]
-    usual = next(iter(_manners(cells).values()))
-    here = [cell for cell in cells if cell.setting in usual]
     one = [cell for cell in here if cell.setting.num_groups == 1] or here
     for axis in ("nfe", "tokens"):
         budget = max(cell.cost(axis) for cell in one)
@@ -184,42 +115,3 @@ def _pictures(
     matrices(shapes, middle[len(middle) // 2], folder / "matrices.png")
     shown.append("## When each group moves\n\n![scheduling matrices](matrices.png)\n")
     return "\n".join(shown)
-
-
-def _every_cell(rows: Sequence[dict[str, Any]], distances: Sequence[str], common: Bench) -> str:
-    others = [f"{kind}_{name}" for name in common.extractors for kind in ("precision", "recall")]
-    names = [*distances, *(f"kd_{name}" for name in common.extractors), *others, "seams"]
-    costs = ["nfe", "tokens", "MFLOP an image", "seconds", "to the first group"]
-    lines = [
-        "## Every cell\n",
-        "Means over the seeds with their standard deviation; `results.jsonl` has every seed, and "
-        "`by_band`, the distance in pixel space of each quarter from the top down.\n",
-        "| setting | " + " | ".join([*costs, *names]) + " |",
-        "|---" * (1 + len(costs) + len(names)) + "|",
-    ]
-    for row in sorted(rows, key=_as_sorted):
-        seconds = f"{row['seconds']:.3g} | {row['seconds_to_first_group']:.3g}"
-        counts = f"{row['nfe']} | {row['tokens']} | {row['flops'] / 1e6:.4g} | {seconds}"
-        values = " | ".join(_metric(row["metrics"].get(name)) for name in names)
-        lines.append(f"| {setting_of(row).words()} | {counts} | {values} |")
-    return "\n".join(lines) + "\n"
-
-
-def _as_sorted(row: dict[str, Any]) -> tuple[Any, ...]:
-    setting = setting_of(row)
-    return (setting.manner(), setting.num_groups, setting.overlap, setting.steps)
-
-
-def _metric(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "–"
-    spread = "" if found["std"] is None else f" ± {found['std']:.2g}"
-    return f"{found['mean']:.4g}{spread}"
-
-
-def _value(cell: Point) -> str:
-    return _metric({"mean": cell.mean, "std": cell.std})
-
-
-def _cost(value: float, axis: Axis) -> str:
-    return f"{value:.3g}" if axis == "seconds" else f"{value:,.0f}"
