@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     else:
         piece, cfg = cfg.piece, cast(DictConfig, OmegaConf.load(folder / "config.yaml"))
-        cfg.run_dir, cfg.piece = str(folder), piece
+        cfg.run_dir, cfg.resume, cfg.piece = str(folder), str(folder), piece
     summary = run.train(cfg)
     if summary is None:
         print(f"\nStopped, and saved. Next:\n  rolldiff train resume={folder} piece={cfg.piece}")

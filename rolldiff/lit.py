@@ -21,7 +21,7 @@ from rolldiff.conditioning import Conditions
 from rolldiff.config import build
 from rolldiff.decoder import Decoder
 
-__all__ = ["LitModel", "load"]
+__all__ = ["LitModel", "images_in", "load"]
 
 
 @runtime_checkable
@@ -38,6 +38,13 @@ class Trainable(Protocol):
     def to_config(self) -> dict[str, Any]: ...
 
     def save_pretrained(self, folder: str | Path) -> None: ...
+
+    def compile(self) -> None: ...
+
+
+def images_in(batch: Sequence[Tensor]) -> int:
+    """How many images a batch has."""
+    return len(batch[0])
 
 
 class LitModel(L.LightningModule):
@@ -71,6 +78,7 @@ class LitModel(L.LightningModule):
             raise ValueError(f"decay must be constant or cosine, got {decay!r}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
+        self.flops_per_batch = None  # for Lightning's monitor: its peak rates are not measured ones
         self.save_hyperparameters(
             {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay}
         )

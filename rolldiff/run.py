@@ -116,8 +116,8 @@ def build(cfg: DictConfig, **others: Any) -> tuple[LitModel, Any, L.Trainer]:
 def train(cfg: DictConfig) -> Summary | None:
     """Train a model as configured, and leave everything in `cfg.run_dir`.
 
-    Where there is a checkpoint, of a piece or of a run that was killed, it goes on from there, with
-    the batches and the noise that would have come next.
+    With `cfg.resume` it goes on from the newest checkpoint there, of a piece or of a run that was
+    killed, with the batches and the noise that would have come next.
 
     Writes `last.ckpt`, `model.safetensors` and `config.json`, pictures, and `summary.json`,
     which comes last: a folder with a summary is a finished run.
@@ -137,7 +137,10 @@ def train(cfg: DictConfig) -> Summary | None:
         callbacks=[*(_make(callback) for callback in cfg.callbacks.values() if callback), clock],
         logger=_make(cfg.logger) if cfg.logger else False,
     )
-    trainer.fit(lit, datamodule=data, ckpt_path=newest(folder), weights_only=True)
+    if cfg.compile:
+        lit.model.compile()
+    start = newest(folder) if cfg.resume else None
+    trainer.fit(lit, datamodule=data, ckpt_path=start, weights_only=True)
     if clock.stopped:
         return None
     trainer.save_checkpoint(folder / "last.ckpt")
