@@ -4,6 +4,9 @@
     python benchmarks/engine.py --json                              the same as JSON
     python benchmarks/engine.py --out benchmarks/results/NAME.json  and write it
     python benchmarks/engine.py --quick                             tiny sizes, to try the card
+    python benchmarks/engine.py --device cuda                       a GPU alone, without the CPU
+
+Where there is a GPU, its figures are added as `cuda_…`, see `engine_cuda.py`.
 
 Random weights, nothing to download. All of it runs in one process. What is compared takes turns and
 a ratio is the median of the ratios of the turns, so a noisy machine hurts both sides alike.
@@ -18,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import engine_cuda
 import engine_peers
 import torch
 from engine_card import Card, Cases, in_turns, machine, readable
@@ -181,9 +185,26 @@ def measure_growth(card: Card, sizes: Sizes, device: torch.device) -> None:
     card.put("growth_g16_minus_joint", [b - a for a, b in zip(joint, grouped, strict=True)])
 
 
-def measure(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """The whole card."""
-    card, cores = Card(), torch.get_num_threads()
+def measure(devices: Sequence[str], *, quick: bool = False) -> dict[str, Any]:
+    """The whole card, or that of some devices."""
+    card, cores, sizes = Card(), torch.get_num_threads(), {}
+    if "cpu" in devices:
+        sizes["sizes"] = asdict(ours := QUICK if quick else Sizes())
+        measure_cpu(card, ours, cores)
+    if "cuda" in devices:
+        sizes["cuda_sizes"] = asdict(theirs := engine_cuda.QUICK if quick else engine_cuda.Sizes())
+        engine_cuda.measure(card, theirs, torch.device("cuda"))
+    return {
+        **card.figures,
+        "spread": card.spread,
+        "table": card.table,
+        **sizes,
+        "machine": machine(devices, cores),
+    }
+
+
+def measure_cpu(card: Card, sizes: Sizes, cores: int) -> None:
+    """The figures of a CPU, each part with its threads."""
     for part, threads in (
         (measure_groups, cores),
         (measure_growth, cores),
@@ -191,16 +212,8 @@ def measure(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         (measure_loop, 1),
     ):
         torch.set_num_threads(threads)
-        part(card, sizes, device)
+        part(card, sizes, torch.device("cpu"))
     torch.set_num_threads(cores)
-    prefix = "cuda_" if device.type == "cuda" else ""
-    return {
-        **{prefix + key: value for key, value in card.figures.items()},
-        "spread": {prefix + key: value for key, value in card.spread.items()},
-        "table": card.table,
-        "sizes": asdict(sizes),
-        "machine": machine(device, cores),
-    }
 
 
 def main() -> None:
@@ -210,9 +223,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="a JSON file to write as well")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; the figures mean nothing")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only this one's figures")
     asked = parser.parse_args()
-    card = measure(QUICK if asked.quick else Sizes(), torch.device(asked.device))
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    card = measure([asked.device] if asked.device else there, quick=asked.quick)
     text = json.dumps(card, indent=2)
     if asked.out is not None:
         asked.out.write_text(text + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# What each figure must reach on two CPU cores: at least, at most.
+# What each figure must reach on two CPU cores, and `cuda_…` on a GPU: at least, at most.
 REACH = {
     "g16_cached_over_joint": (0, 1.5),
     "g16_uncached_over_cached": (15, math.inf),
@@ -25,6 +25,10 @@ REACH = {
     "small_g16_cached_over_joint": (0, 2.5),
     "max_relative_difference": (0, 1e-5),
     "growth_g16_minus_joint": (-math.inf, 0),
+    "cuda_max_relative_difference": (0, 1e-5),
+    "cuda_b1_g16_cached_over_joint": (0, 2),
+    "cuda_b64_g16_cached_over_joint": (0, 1.2),
+    "cuda_training_utilisation": (0.45, math.inf),
 }
 
 Turns = dict[str, list[float]]
@@ -67,40 +71,47 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def machine(device: torch.device, cores: int) -> dict[str, Any]:
+def machine(devices: Sequence[str], cores: int) -> dict[str, Any]:
     """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif (info := Path("/proc/cpuinfo")).exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
     here = Path(__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
     )
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if "cuda" in devices:
+        versions["cuda"] = str(torch.version.cuda)
     return {
-        "device": name,
-        "threads": {"groups and growth": cores, "small and loop": 1},
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "device": ", ".join(_named(device) for device in devices),
+        "threads": {"groups and growth": cores, "small and loop": 1} if "cpu" in devices else {},
+        **versions,
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def _named(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return name
 
 
 def readable(card: dict[str, Any]) -> str:
     """The card as two tables."""
     machine = card["machine"]
     threads = ", ".join(f"{count} for {what}" for what, count in machine["threads"].items())
-    lines = [f"{machine['device']}, torch {machine['torch']}, threads: {threads}", ""]
+    head = f"{machine['device']}, torch {machine['torch']}"
+    lines = [f"{head}, threads: {threads}" if threads else head, ""]
     for key, (low, high) in card["spread"].items():
-        least, most = REACH.get(key.removeprefix("cuda_"), (None, None))
         wanted = ""
-        if least is not None and most is not None:
+        if key in REACH:
+            least, most = REACH[key]
             rule = f"at most {most:g}" if most < math.inf else f"at least {least:g}"
             wanted = f"{rule}: {'reached' if least <= card[key] <= most else 'MISSED'}"
         lines.append(f"{key:38} {card[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
-    return "\n".join([*lines, "", markdown(card)])
+    return "\n".join([*lines, "", markdown(card)] if card["table"] else lines)
 
 
 def markdown(card: dict[str, Any]) -> str:

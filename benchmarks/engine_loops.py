@@ -28,10 +28,7 @@ def decoder(side: int, width: int, depth: int, heads: int, device: torch.device)
     )
     for parameter in model.backbone.parameters():
         nn.init.normal_(parameter, std=0.03)
-    model.to(device).eval()
-    if device.type == "cuda":
-        model.compile()
-    return model
+    return model.to(device).eval()
 
 
 def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
