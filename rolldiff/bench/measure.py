@@ -74,7 +74,7 @@ class Bench:
         samples: images a seed.
         seeds: of the noise.
         batch_size: images decoded at a time.
-        pairs: images of each side, at most, in metrics that look at pairs of them.
+        pairs: images of each side, at most, in metrics that look at pairs of them or at pixels.
         dtype: what the network computes in, see `Decoder.decode`.
         share: the processes.
     """
@@ -159,7 +159,7 @@ class Bench:
         if (group := self._groups(setting)) is not None:
             found["seams"] = float(seams(image, self.image, group))
         bands = min(BANDS, image.shape[2])
-        found["by_band"] = by_band(image, self.image, bands=bands)
+        found["by_band"] = by_band(image[: self.pairs], self.image[: self.pairs], bands=bands)
         return found
 
     def _groups(self, setting: Setting) -> Int[Tensor, "H W"] | None:
