@@ -180,12 +180,12 @@ def pictures(
     count: int = 20,
 ) -> None:
     """Write `samples.png`, a row for each `num_groups`, and `stream.gif`, a batch on its way."""
-    # As many of each class as can be, in turn; without labels, the first images.
-    chosen = torch.arange(count)
+    # As many of each class as can be, in turn; without labels, the first images. Few go round.
+    chosen = torch.arange(count) % len(image)
     if label is not None:
-        classes = label.unique()
-        turns = [(label == c).nonzero()[:, 0] for c in classes]
-        chosen = torch.stack([turns[i % len(turns)][i // len(turns)] for i in range(count)])
+        turns = [(label == c).nonzero()[:, 0] for c in label.unique()]
+        places = (divmod(i, len(turns)) for i in range(count))
+        chosen = torch.stack([turns[turn][place % len(turns[turn])] for place, turn in places])
     cond = None if label is None else label[chosen]
     page = {"data": image[chosen]}
     for groups in num_groups:

@@ -9,3 +9,9 @@ def test_pictures_of_any_group_counts(make, num_groups, tmp_path):
     image, label = torch.zeros(40, 1, 8, 8), torch.arange(40) % 10
     pictures(make(), image, tmp_path, label=label, num_groups=num_groups, steps=1)
     assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "stream.gif"}
+
+
+def test_pictures_of_few_images(make, tmp_path):
+    image, label = torch.zeros(7, 1, 8, 8), torch.arange(7) % 3
+    pictures(make(), image, tmp_path, label=label, num_groups=[2], steps=1)
+    pictures(make(num_classes=0), image, tmp_path, label=None, num_groups=[2], steps=1)
