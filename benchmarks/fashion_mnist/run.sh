@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Fashion-MNIST: one checkpoint for every num_groups, and one of single pixels, whose most groups are
+# pixel autoregression. See ../pieces.sh for the arguments.
+source "$(dirname "$0")/../pieces.sh"
+
+run=$runs/fashion_mnist pixels=$runs/fashion_mnist-pixels
+features=bench.features=[classifier]
+
+case $scale in
+  full)
+    train "$run" experiment=fashion_mnist
+    train "$pixels" experiment=fashion_mnist_pixels
+    same=("$features" bench.samples=10000 bench.batch_size=1000 compile=true)
+    groups=[1,2,4,7,14]
+    bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[16,32,64] \
+      bench.joint_steps=[4,8,128,256]
+    bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,7,28,784] bench.steps=[4,16] \
+      bench.joint_steps=[64,256]
+    bench overlap "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0.5,0.75] \
+      bench.steps=[16,32,64] bench.joint_steps=[]
+    bench order "$run" "${same[@]}" bench.num_groups=$groups bench.order=[bottom_to_top] \
+      bench.steps=[16,64] bench.joint_steps=[]
+    bench guidance "$run" "${same[@]}" bench.num_groups=$groups bench.guidance=[0.5] \
+      bench.steps=[16,32] bench.joint_steps=[]
+    bench few_steps "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0,0.5,0.75] \
+      bench.steps=[4,8] bench.joint_steps=[]
+    ;;
+  tiny)
+    run=$run-tiny pixels=$pixels-tiny
+    train "$run" experiment=fashion_mnist_tiny
+    train "$pixels" experiment=fashion_mnist_pixels_tiny
+    same=("$features" bench.samples=500 bench.seeds=[0,1] bench.batch_size=250)
+    groups=[1,2,4,7]
+    bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[4,16] \
+      bench.joint_steps=[32,64]
+    bench overlap "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0.5,0.75] \
+      bench.steps=[16] bench.joint_steps=[]
+    bench order "$run" "${same[@]}" bench.num_groups=$groups bench.order=[bottom_to_top] \
+      bench.steps=[16] bench.joint_steps=[]
+    bench guidance "$run" "${same[@]}" bench.num_groups=[1,4] bench.guidance=[0.5] \
+      bench.steps=[16] bench.joint_steps=[]
+    bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,7,14,196] bench.steps=[4,16] \
+      bench.joint_steps=[64]
+    ;;
+  smoke)
+    run=$run-smoke pixels=$pixels-smoke
+    train "$run" experiment=fashion_mnist_tiny max_steps=2 report.samples=10
+    train "$pixels" experiment=fashion_mnist_pixels_tiny max_steps=2 report.samples=10
+    same=("$features" bench.samples=10 bench.seeds=[0] bench.steps=[2] bench.joint_steps=[])
+    bench cost "$run" "${same[@]}" bench.num_groups=[1,2]
+    bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,196]
+    ;;
+esac

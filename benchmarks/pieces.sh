@@ -1,0 +1,64 @@
+# For the run.sh of each card: trainings and benches in pieces of at most some minutes, so that they
+# fit a machine that is borrowed for minutes. Every piece goes on where the last one stopped, also
+# where it was killed.
+#
+#   scale=full     on a GPU; scale=tiny in minutes on two CPU cores; scale=smoke in seconds, to try
+#                  the script
+#   data=FOLDER    a local copy of the images in the hub's schema; without, they are fetched by name
+#   runs=FOLDER    where everything goes; runs
+#   minutes=N      of a piece; 9
+#   once=true      stop after one piece; the same command goes on
+
+set -euo pipefail
+
+scale=full data= runs=runs minutes=9 once=false
+for word in "$@"; do
+  case $word in
+    scale=full | scale=tiny | scale=smoke | data=?* | runs=?* | once=true | once=false) ;;
+    minutes=[1-9] | minutes=[1-9][0-9]) ;;
+    feature=?*) ;;                 # weights of a feature network, where the card knows one
+    *)
+      echo "run.sh: scale, data, runs, minutes, once or feature must be set (KEY=VALUE), got $word" >&2
+      exit 2
+      ;;
+  esac
+  declare "$word"
+done
+
+# train RUN OVERRIDES…: until its summary, the last file, is there.
+train() {
+  local run=$1 piece
+  shift
+  piece=$(printf '00:00:%02d:00' "$minutes")
+  while [[ ! -f $run/summary.json ]]; do
+    if [[ -n $(find "$run" -name '*.ckpt' 2>/dev/null) ]]; then
+      rolldiff train resume="$run" piece="$piece"
+    else
+      rolldiff train run_dir="$run" piece="$piece" "$@" ${data:+data.path="$data"}
+    fi
+    [[ -f $run/summary.json ]] || pause
+  done
+}
+
+# bench NAME RUN OVERRIDES…: until all cells are there. Those of several benches of a run gather in
+# one file.
+bench() {
+  local done=$2/bench/$1.done run=$2 status
+  shift 2
+  until [[ -f $done ]]; do
+    status=0
+    timeout -k 10 "${minutes}m" rolldiff bench ckpt="$run" "$@" || status=$?
+    case $status in
+      0) touch "$done" ;;
+      124 | 137) pause ;;          # the piece was over, in the middle of a cell
+      *) exit "$status" ;;
+    esac
+  done
+}
+
+pause() {
+  if [[ $once == true ]]; then
+    echo "More is to be done: the same command goes on."
+    exit 0
+  fi
+}
