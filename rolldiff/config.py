@@ -11,6 +11,8 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from rolldiff.errors import reason
+
 __all__ = ["build", "describe"]
 
 
@@ -81,8 +83,7 @@ def _built(config: Any, classes: dict[str, type]) -> Any:
     try:
         return cls(**arguments)
     except (AttributeError, RuntimeError, TypeError) as error:  # what a wrong type may provoke
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"configuration does not fit {cls.__name__}: {reason}") from error
+        raise ValueError(f"configuration does not fit {cls.__name__}: {reason(error)}") from error
 
 
 def _resolve(target: str, trusted: Collection[str]) -> type:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rolldiff.config import build, describe
+from rolldiff.errors import reason
 
 __all__ = ["Pretrained"]
 
@@ -135,7 +136,7 @@ class Pretrained(nn.Module, ModelHubMixin):
             except Exception as error:  # whatever the name, the network or the cache provokes
                 raise ValueError(
                     "name_or_folder must be a folder or a repository that can be fetched, got "
-                    f"{str(name_or_folder)!r}: {_line(error)}"
+                    f"{str(name_or_folder)!r}: {reason(error)}"
                 ) from error
             folder = Path(found)
         for name in (WEIGHTS, CONFIG):
@@ -147,14 +148,14 @@ class Pretrained(nn.Module, ModelHubMixin):
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{folder / CONFIG} is not JSON: {_line(error)}") from error
+            raise ValueError(f"{folder / CONFIG} is not JSON: {reason(error)}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{folder / CONFIG} must hold a dictionary, got {config!r}")
         try:
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{folder / WEIGHTS} is damaged or no safetensors file: {_line(error)}"
+                f"{folder / WEIGHTS} is damaged or no safetensors file: {reason(error)}"
             ) from error
         module = cls.from_config(config, trusted=trusted)
         if words := _disagreement(weights, module.state_dict()):
@@ -173,8 +174,3 @@ def _disagreement(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> str 
         if shapes[0] != shapes[1]:
             return f"{name} is {shapes[0]} in the weights and {shapes[1]} in the configuration"
     return None
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error, or its name."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

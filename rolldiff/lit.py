@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rolldiff.conditioning import Conditions
 from rolldiff.config import build
 from rolldiff.decoder import Decoder
+from rolldiff.errors import reason
 
 __all__ = ["LitModel", "images_in", "load"]
 
@@ -158,8 +159,7 @@ def load(path: str | Path) -> Decoder:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage provokes
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"ckpt {path} is damaged or no checkpoint: {reason}") from error
+        raise ValueError(f"ckpt {path} is damaged or no checkpoint: {reason(error)}") from error
     try:
         config = checkpoint["hyper_parameters"]["model"]
         weights = checkpoint["state_dict"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import rolldiff
 
 ROOMS = [
+    ["errors"],
     ["noise", "layout", "config", "streams"],
     ["grouping", "schedule", "conditions", "hub"],
     ["times", "prediction", "conditioning"],

@@ -10,6 +10,7 @@ from rolldiff.data.images import Images
 from rolldiff.data.records import Record, decoded
 from rolldiff.data.sets import Kept
 from rolldiff.data.streamed import Streamed
+from rolldiff.errors import reason
 
 __all__ = ["Hub"]
 
@@ -93,10 +94,9 @@ class Hub(Images):
         try:
             rows = load_dataset(where, split=self.split, streaming=self.streaming)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise ValueError(
                 "data must be a folder in the hub's schema (data.path=FOLDER) or a name that can "
-                f"be fetched from the hub, got {where}: {reason}"
+                f"be fetched from the hub, got {where}: {reason(error)}"
             ) from error
         wanted = [c for c in (self.image_column, self.label_column) if c is not None]
         missing = [column for column in wanted if column not in (rows.column_names or ())]

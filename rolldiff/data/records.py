@@ -17,6 +17,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rolldiff.errors import reason
+
 __all__ = ["Corrupt", "Record", "decoded", "pixels"]
 
 Corrupt = Literal["skip", "refuse"]
@@ -56,8 +58,7 @@ def pixels(record: Record, *, image_size: int, channels: int) -> UInt8[Tensor, "
             picture = opened.convert("L" if channels == 1 else "RGB")
     # A damaged file makes the decoders raise whatever it provokes.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data must be pictures, got {record.name}: {reason}") from error
+        raise ValueError(f"data must be pictures, got {record.name}: {reason(error)}") from error
     if picture.size != (image_size, image_size):
         size = (image_size, image_size)
         picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rolldiff.errors import reason
 from rolldiff.metrics.features import Extractor
 
 __all__ = ["Inception", "ResNet56"]
@@ -63,7 +64,7 @@ class ResNet56(Extractor):
             self.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
-                f"path must be a safetensors file of ResNet-56, got {path}: {_line(error)}"
+                f"path must be a safetensors file of ResNet-56, got {path}: {reason(error)}"
             ) from error
         self.freeze()
 
@@ -140,7 +141,7 @@ class Inception(Extractor):
             self.network = kind("inception", ["2048"], feature_extractor_weights_path=clean)
         except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
             raise ValueError(
-                f"path must be a file of Inception's weights, got {path}: {_line(error)}"
+                f"path must be a file of Inception's weights, got {path}: {reason(error)}"
             ) from error
         self.freeze()
 
@@ -163,13 +164,13 @@ def _fidelity() -> Any:
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as error:
         raise ValueError(
-            f"Inception needs torch-fidelity: pip install rolldiff[fid] ({_line(error)})"
+            f"Inception needs torch-fidelity: pip install rolldiff[fid] ({reason(error)})"
         ) from error
     except RuntimeError as error:
         # torchvision of another build of torch says only that an operator does not exist.
         raise ValueError(
             "Inception needs a torchvision built for the installed torch "
-            f"{torch.__version__}: {_line(error)}"
+            f"{torch.__version__}: {reason(error)}"
         ) from error
     return module.FeatureExtractorInceptionV3
 
@@ -183,7 +184,7 @@ def _downloaded() -> Path:
         except OSError as error:
             raise ValueError(
                 f"path must be given where nothing can be downloaded: {INCEPTION} from {RELEASE} "
-                f"({_line(error)})"
+                f"({reason(error)})"
             ) from error
     return path
 
@@ -192,8 +193,3 @@ def _file(path: str | Path, *, where: str = "a file of weights") -> Path:
     if not Path(path).is_file():
         raise ValueError(f"path must be {where}, got {path}, which is no file")
     return Path(path)
-
-
-def _line(error: Exception) -> str:
-    """The first words of an error: those of torch list every weight."""
-    return " ".join(str(error).split())[:200]
