@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,11 @@ class TokenizerReport:
         ratios, distances = {}, {}
         for num_groups in tqdm(self.num_groups, desc="measuring", unit="setting"):
             ask = {"num_groups": num_groups, "steps": self.steps, "seed": seed}
-            drawn = torch.cat(
-                [
-                    model.decode(part, first=number * BATCH, **ask).image.cpu()
-                    for number, part in enumerate(codes.split(BATCH))
-                ]
-            )
+            parts = []
+            for number, part in enumerate(codes.split(BATCH)):
+                told = model.latents_of(part)
+                parts.append(model.decoder.decode(told, first=number * BATCH, **ask).image.cpu())
+            drawn = torch.cat(parts)
             page[f"num_groups {num_groups}"] = drawn[:SHOWN]
             ratios[str(num_groups)] = psnr(image, drawn)
             distances[str(num_groups)] = distance_between(image, drawn)
@@ -122,14 +122,19 @@ class PriorReport:
         assert isinstance(model, Prior)
         tokenizer = model.tokenizer.to(model.device)
         image, label = some(image, label, self.samples, seed=seed)
-        settings = {"num_groups": self.num_groups, "overlap": self.overlap, "steps": self.steps}
+        settings: dict[str, Any] = {
+            "num_groups": self.num_groups,
+            "overlap": self.overlap,
+            "steps": self.steps,
+        }
         drawn, codes = [], []
         for first in tqdm(range(0, len(image), BATCH), desc="measuring", unit="batch"):
             part = label[first : first + BATCH] if model.condition.parts else None
             count = min(BATCH, len(image) - first)
             written = list(model.write(part, num_images=count, seed=seed, first=first))
             codes.append(torch.stack(written, dim=1))
-            found = tokenizer.decode(codes[-1], seed=seed, first=first, **settings)
+            told = tokenizer.latents_of(codes[-1])
+            found = tokenizer.decoder.decode(told, seed=seed, first=first, **settings)
             drawn.append(found.image.cpu())
         generated = torch.cat(drawn)
         real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])

@@ -85,20 +85,31 @@ class Generation:
             self.written += 1
             yield code
 
-    def stream(self, **how: Any) -> Iterator[Frame]:
-        """Frames of a decode that takes codes while they are written."""
+    def stream(
+        self, *, frames: int | None = None, preview: bool = True, wait: bool = False
+    ) -> Iterator[Frame]:
+        """Frames of a decode that takes codes while they are written.
+
+        Args:
+            frames: see `Decoder.stream`.
+            preview: likewise.
+            wait: True writes all codes first, and then decodes.
+        """
+        codes = self.codes()
         return self.tokenizer.decoder.stream(
-            self.tokenizer.pieces(self.codes()),
+            self.tokenizer.pieces(iter(list(codes)) if wait else codes),
             num_images=self.num_images,
             seed=self.seed,
+            frames=frames,
+            preview=preview,
             **self.settings,
-            **how,
         )
 
     def images(self) -> Tensor:
         """The finished images, all codes being written first."""
         codes = torch.stack(list(self.codes()), dim=1)
-        return self.tokenizer.decode(codes, seed=self.seed, **self.settings).image
+        told = self.tokenizer.latents_of(codes)
+        return self.tokenizer.decoder.decode(told, seed=self.seed, **self.settings).image
 
 
 def timed(generation: Generation, *, wait: bool) -> Timing:
@@ -106,23 +117,11 @@ def timed(generation: Generation, *, wait: bool) -> Timing:
 
     Args:
         generation: what is generated.
-        wait: True decodes when all codes are there, False while they are written.
+        wait: see `Generation.stream`.
     """
     start = time.perf_counter()
-    if wait:
-        codes = torch.stack(list(generation.codes()), dim=1)
-        pieces = generation.tokenizer.pieces(iter(codes.unbind(1)))
-        frames = generation.tokenizer.decoder.stream(
-            pieces,
-            num_images=generation.num_images,
-            seed=generation.seed,
-            preview=False,
-            **generation.settings,
-        )
-    else:
-        frames = generation.stream(preview=False)
     first, written = 0.0, 0
-    for frame in frames:
+    for frame in generation.stream(preview=False, wait=wait):
         if not first and bool(frame.finished[0].all()):
             first, written = time.perf_counter() - start, generation.written
     return Timing(first, time.perf_counter() - start, written)

@@ -8,7 +8,6 @@ there.
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import TokenGrid
-from rolldiff.decoder import Decoded, Decoder
+from rolldiff.decoder import Decoder
 from rolldiff.hub import Pretrained
 from rolldiff.layout import check_image
 from rolldiff.nn.encoder import Encoder
@@ -87,18 +86,21 @@ class Tokenizer(Pretrained):
         )
         return codes.long()
 
-    def latents_of(self, codes: Int[Tensor, "B k"]) -> Float[Tensor, "B k levels"]:
-        """Codes as the numbers that the decoder is conditioned on.
+    def latents_of(self, codes: Int[Tensor, "B N"]) -> Float[Tensor, "B h w levels"]:
+        """The grid of some codes, which is what the decoder is conditioned on.
 
         Raises:
-            ValueError: if a code is out of range.
+            ValueError: if there are more or fewer than an image has, or one is out of range.
         """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
+        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
             raise ValueError(
-                f"codes must be in 0 … {self.codes - 1}, got "
-                f"{int(codes.min())} … {int(codes.max())}"
+                f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
             )
-        return self.quantize.indices_to_codes(codes)
+        return self._numbers(codes).unflatten(1, self.grid)
+
+    def pieces(self, codes: Iterator[Int[Tensor, " B"]]) -> Iterator[Float[Tensor, "B 1 levels"]]:
+        """Codes that are still being written, as the decoder takes them."""
+        return (self._numbers(code[:, None]) for code in codes)
 
     def loss(
         self, image: Tensor, cond: None = None, *, generator: torch.Generator | None = None
@@ -106,17 +108,10 @@ class Tokenizer(Pretrained):
         """The decoder's loss; see `Decoder.loss`."""
         return self.decoder.loss(image, self.latents(image), generator=generator)
 
-    def decode(self, codes: Int[Tensor, "B N"], **settings: Any) -> Decoded:
-        """Codes to images; the settings are those of `Decoder.decode`."""
-        return self.decoder.decode(self._grid(codes), **settings)
-
-    def pieces(self, codes: Iterator[Int[Tensor, " B"]]) -> Iterator[Float[Tensor, "B 1 levels"]]:
-        """Codes that are still being written, as `Decoder.stream` takes them."""
-        return (self.latents_of(code[:, None]) for code in codes)
-
-    def _grid(self, codes: Tensor) -> Tensor:
-        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
+    def _numbers(self, codes: Int[Tensor, "B k"]) -> Float[Tensor, "B k levels"]:
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
             raise ValueError(
-                f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
+                f"codes must be in 0 … {self.codes - 1}, got "
+                f"{int(codes.min())} … {int(codes.max())}"
             )
-        return self.latents_of(codes).unflatten(1, self.grid)
+        return self.quantize.indices_to_codes(codes)

@@ -62,10 +62,9 @@ def test_codes_are_what_the_decoder_is_told(tokenizer):
     codes = tokenizer.encode(image)
     assert codes.shape == (6, 16)
     assert codes.min() >= 0 < len(codes.unique()) <= codes.max() + 1 <= tokenizer.codes == 12
-    told = tokenizer.latents_of(codes).unflatten(1, (4, 4))
-    torch.testing.assert_close(told, tokenizer.latents(image))
-    decoded = tokenizer.decode(codes, seed=0, **ASK).image
-    assert torch.equal(decoded, tokenizer.decoder.decode(told, seed=0, **ASK).image)
+    torch.testing.assert_close(tokenizer.latents_of(codes), tokenizer.latents(image))
+    pieces = torch.cat(list(tokenizer.pieces(iter(codes.unbind(1)))), dim=1)
+    assert torch.equal(pieces.unflatten(1, (4, 4)), tokenizer.latents_of(codes))
 
 
 def test_the_encoder_trains_through_the_decoder(tokenizer):
@@ -81,8 +80,10 @@ def test_a_tokenizer_is_saved_and_read(tokenizer, tmp_path):
     read = Tokenizer.from_pretrained(tmp_path)
     codes = tokenizer.encode(images())
     assert torch.equal(codes, read.encode(images()))
-    ask = ASK | {"seed": 3}
-    assert torch.equal(read.decode(codes, **ask).image, tokenizer.decode(codes, **ask).image)
+    told = tokenizer.latents_of(codes)
+    assert torch.equal(read.latents_of(codes), told)
+    found, wanted = (made.decoder.decode(told, seed=3, **ASK) for made in (read, tokenizer))
+    assert torch.equal(found.image, wanted.image)
 
 
 def test_a_code_depends_on_no_later_one(prior):
@@ -154,6 +155,8 @@ def test_drawing_behind_the_codes_is_drawing_after_them(tokenizer, prior):
         whole = generation.images()
         frames = [(frame, generation.written) for frame in generation.stream()]
         assert torch.equal(frames[-1][0].image, whole)
+        (last,) = generation.stream(frames=1, wait=True)
+        assert torch.equal(last.image, whole)
         assert frames[0][1] == {1: 16, 4: 4}[settings["num_groups"]]
         for a, b in pairwise(frames):
             done = a[0].finished
@@ -196,9 +199,9 @@ def test_what_does_not_belong_together(tokenizer, prior):
     with pytest.raises(ValueError, match="must agree"):
         Tokenizer(tokenizer.encoder, tokenizer.decoder, levels=[3, 3, 3])
     with pytest.raises(ValueError, match="in 0 … 11"):
-        tokenizer.decode(torch.full((1, 16), 12))
+        tokenizer.latents_of(torch.full((1, 16), 12))
     with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
-        tokenizer.decode(torch.zeros(1, 15, dtype=torch.long))
+        tokenizer.latents_of(torch.zeros(1, 15, dtype=torch.long))
     with pytest.raises(ValueError, match="a tokenizer first"):
         prior.loss(images())
     with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
