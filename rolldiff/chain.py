@@ -1,7 +1,7 @@
 """What the trainings of a tokenizer and of a prior leave behind."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,36 +176,12 @@ class PriorReport:
         )
 
 
-def prior_of(
-    tokenizer: str,
-    *,
-    num_classes: int = 0,
-    width: int = 96,
-    depth: int = 3,
-    heads: int = 3,
-    dropout: float = 0.1,
-    drop_cond: float = 0.1,
-) -> Prior:
+def prior_of(tokenizer: str, prior: Callable[[int, int], Prior]) -> Prior:
     """A prior over the codes of a tokenizer, reading images through it.
 
     Args:
         tokenizer: the run folder of its training.
-        num_classes: see `Prior`, as all that follow.
-        width: channels.
-        depth: blocks.
-        heads: attention heads.
-        dropout: of codes.
-        drop_cond: of labels.
+        prior: makes the prior, given how many codes an image has, and of how many.
     """
     read = Tokenizer.from_pretrained(tokenizer)
-    prior = Prior(
-        read.num_tokens,
-        read.codes,
-        num_classes=num_classes,
-        width=width,
-        depth=depth,
-        heads=heads,
-        dropout=dropout,
-        drop_cond=drop_cond,
-    )
-    return prior.reading(read)
+    return prior(read.num_tokens, read.codes).reading(read)

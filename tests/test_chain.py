@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 from rolldiff import Decoder, TokenGrid, Training
 from rolldiff.chain import PriorReport, TokenizerReport, psnr
+from rolldiff.cli import config_dir
 from rolldiff.generate import Generation, timed
 from rolldiff.nn.encoder import Encoder
 from rolldiff.prior import Prior
@@ -218,6 +221,17 @@ def test_what_does_not_belong_together(tokenizer, prior):
             Prior(16, 12, **({"width": 16, "heads": 2} | sizes))
     with pytest.raises(ValueError, match="power of 2"):
         Encoder(8, factor=3)
+
+
+def test_a_prior_over_the_codes_of_a_run(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior_model.width=33", "run_dir=unused"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", ask)
+    made = instantiate(cfg.lit, _convert_="all").model
+    sizes = {"num_tokens": 16, "codes": 12, "num_classes": 10, "width": 33, "drop_cond": 0.1}
+    assert sizes.items() <= made.config.items()
+    assert torch.equal(made.tokenizer.encode(images()), tokenizer.encode(images()))
 
 
 @pytest.mark.slow
