@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rolldiff.generate import Generation, timed
-from rolldiff.grouping import Grouping
 from rolldiff.metrics import distance_between
 from rolldiff.pictures import film, rows, sheet
 from rolldiff.prior import Prior
-from rolldiff.report import Reported, floor, some
+from rolldiff.report import Reported, check_ask, floor, some
 from rolldiff.tokenizer import Tokenizer
 
 __all__ = ["PriorReport", "TokenizerReport", "prior_of", "psnr"]
@@ -49,8 +48,12 @@ class TokenizerReport:
 
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Tokenizer)
-        for num_groups in self.num_groups:
-            Grouping(model.decoder.layout.num_tokens, num_groups)
+        check_ask(
+            model.decoder.layout.num_tokens,
+            num_groups=self.num_groups,
+            steps=self.steps,
+            samples=self.samples,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -113,7 +116,13 @@ class PriorReport:
 
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Prior)
-        Grouping(model.tokenizer.decoder.layout.num_tokens, self.num_groups)
+        check_ask(
+            model.tokenizer.decoder.layout.num_tokens,
+            num_groups=[self.num_groups],
+            overlap=self.overlap,
+            steps=self.steps,
+            samples=self.samples,
+        )
 
     @torch.no_grad()
     def __call__(

@@ -21,6 +21,7 @@ __all__ = [
     "DecoderReport",
     "Report",
     "Reported",
+    "check_ask",
     "device_name",
     "distances",
     "floor",
@@ -81,9 +82,12 @@ class DecoderReport:
 
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Decoder)
-        for num_groups in self.num_groups:
-            Grouping(model.layout.num_tokens, num_groups)
-        RollingSchedule(1).stagger(self.steps)
+        check_ask(
+            model.layout.num_tokens,
+            num_groups=self.num_groups,
+            steps=self.steps,
+            samples=self.samples,
+        )
 
     def __call__(
         self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
@@ -111,6 +115,35 @@ class DecoderReport:
             f"rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
             "num_images=64 out=images.png",
         )
+
+
+def check_ask(
+    num_tokens: int,
+    *,
+    num_groups: Sequence[int],
+    overlap: float = 0.0,
+    steps: int,
+    samples: int,
+) -> None:
+    """Refuse what no report can be made of.
+
+    Args:
+        num_tokens: of the decoder.
+        num_groups: the group counts.
+        overlap: of the schedule.
+        steps: solver steps a group.
+        samples: images that are compared.
+
+    Raises:
+        ValueError: if one of them is out of range, or there is no group count.
+    """
+    if not num_groups:
+        raise ValueError("report.num_groups must hold a value at least, got none")
+    for count in num_groups:
+        Grouping(num_tokens, count)
+        RollingSchedule(count, overlap).stagger(steps)
+    if samples < 4:  # they are halved, and a distance needs two
+        raise ValueError(f"report.samples must be 4 or more, got {samples}")
 
 
 def some(image: Tensor, label: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:

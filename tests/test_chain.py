@@ -189,6 +189,21 @@ def test_reports(tokenizer, prior, tmp_path):
     assert names == {"reconstructions.png", "samples.png", "stream.gif"}
 
 
+def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
+    for wrong, words in (
+        ({"num_groups": 17}, "in 1 … 16"),
+        ({"overlap": 1.5}, "overlap must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"samples": 3}, "samples must be 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PriorReport(**wrong).check(prior.reading(tokenizer))
+        if "overlap" not in wrong:
+            several = {"num_groups": [wrong.get("num_groups", 1)]}
+            with pytest.raises(ValueError, match=words):
+                TokenizerReport(**(wrong | several)).check(tokenizer)
+
+
 def test_psnr():
     image = torch.zeros(2, 1, 4, 4)
     assert psnr(image, image + 0.2) == pytest.approx(20)  # 10 log10(4 / 0.04)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rolldiff.report import pictures
+from rolldiff.report import DecoderReport, pictures
 
 
 @pytest.mark.parametrize("num_groups", [[1], [16], [2, 16]])
@@ -15,3 +15,18 @@ def test_pictures_of_few_images(make, tmp_path):
     image, label = torch.zeros(7, 1, 8, 8), torch.arange(7) % 3
     pictures(make(), image, tmp_path, label=label, num_groups=[2], steps=1)
     pictures(make(num_classes=0), image, tmp_path, label=None, num_groups=[2], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_groups": [1, 17]}, "in 1 … 16"),
+        ({"num_groups": []}, "num_groups must hold a value"),
+        ({"steps": 0}, "steps must be"),
+        ({"samples": 3}, "samples must be 4 or more"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused(make, wrong, words):
+    DecoderReport(num_groups=[1, 16]).check(make())
+    with pytest.raises(ValueError, match=words):
+        DecoderReport(**({"num_groups": [1]} | wrong)).check(make())
