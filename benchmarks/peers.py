@@ -19,6 +19,7 @@ from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
     UNet2DModel,
 )
 from torch import Tensor, nn
@@ -76,9 +77,8 @@ def eps_loss(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     return (y - eps).square().mean()
 
 
-def flow_samples(network: nn.Module, label: Tensor, steps: int) -> Tensor:
-    """Euler steps of the probability flow."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
+def samples(network: nn.Module, label: Tensor, steps: int, scheduler: SchedulerMixin) -> Tensor:
+    """Noise to images, by the steps of a scheduler."""
     scheduler.set_timesteps(steps)
     x_t = torch.randn(len(label), 1, 8, 8)
     for t in scheduler.timesteps:
@@ -87,15 +87,9 @@ def flow_samples(network: nn.Module, label: Tensor, steps: int) -> Tensor:
     return x_t
 
 
-def ddim_samples(network: nn.Module, label: Tensor, steps: int) -> Tensor:
+def ddim() -> SchedulerMixin:
     """DDIM without noise, without clipping the estimates."""
-    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(steps)
-    x_t = torch.randn(len(label), 1, 8, 8)
-    for t in scheduler.timesteps:
-        y = network(x_t, timestep=t.expand(len(label)), class_labels=label).sample
-        x_t = scheduler.step(y, t, x_t).prev_sample
-    return x_t
+    return DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
 
 
 @dataclass(frozen=True)
@@ -105,13 +99,19 @@ class Peer:
     name: str
     make: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    sample: Callable[[nn.Module, Tensor, int], Tensor]
+    scheduler: Callable[[], SchedulerMixin]
     rates: tuple[float, ...]
 
 
 PEERS = (
-    Peer("diffusers DiT, flow matching", dit, flow_loss, flow_samples, (1e-3, 3e-3)),
-    Peer("diffusers U-Net, DDPM and DDIM", unet, eps_loss, ddim_samples, (1e-3, 3e-3)),
+    Peer(
+        "diffusers DiT, flow matching",
+        dit,
+        flow_loss,
+        FlowMatchEulerDiscreteScheduler,
+        (1e-3, 3e-3),
+    ),
+    Peer("diffusers U-Net, DDPM and DDIM", unet, eps_loss, ddim, (1e-3, 3e-3)),
 )
 
 
@@ -204,7 +204,7 @@ def main() -> None:
                 label: Tensor, steps: int, seed: int, peer: Peer = peer, net: nn.Module = network
             ) -> Tensor:
                 torch.manual_seed(seed)
-                return peer.sample(net, label, steps)
+                return samples(net, label, steps, peer.scheduler())
 
             table[f"{peer.name}, rate {rate:g}"] = {
                 "parameters": sum(p.numel() for p in network.parameters()),
