@@ -55,16 +55,14 @@ class Hub(Images):
             return super().decoded()
         assert self.reference is not None
         first = (self.record(row, i) for i, row in enumerate(self._rows().take(self.reference)))
-        treatment = {"image_size": self.image_size, "channels": self.channels}
-        return Kept(*decoded(first, corrupt=self.corrupt, **treatment))
+        return Kept(*decoded(first, corrupt=self.corrupt, **self.treatment))
 
     def train_dataloader(self) -> Any:
         if not self.streaming:
             return super().train_dataloader()
         stream = Streamed(
             self.shuffled,
-            image_size=self.image_size,
-            channels=self.channels,
+            **self.treatment,
             corrupt=self.corrupt,
             batch_size=self.batch_size,
             batches=self.max_steps,

@@ -76,6 +76,11 @@ class Images(L.LightningDataModule, ABC):
     def records(self) -> Sequence[Record]:
         """The pictures of the source."""
 
+    @property
+    def treatment(self) -> dict[str, int]:
+        """What every picture is brought to, as `pixels` and `decoded` take it."""
+        return {"image_size": self.image_size, "channels": self.channels}
+
     def decoded(self) -> Dataset:
         """The source's images: a batch of indices to images and labels.
 
@@ -83,13 +88,12 @@ class Images(L.LightningDataModule, ABC):
             ValueError: if a picture is refused, or none is left.
         """
         records = self.records()
-        treatment = {"image_size": self.image_size, "channels": self.channels}
         if len(records) * self.channels * self.image_size**2 <= IN_MEMORY:
-            return Kept(*decoded(records, corrupt=self.corrupt, **treatment))
+            return Kept(*decoded(records, corrupt=self.corrupt, **self.treatment))
         if self.corrupt == "refuse":  # now, not in the middle of an epoch
             for record in records:
-                pixels(record, **treatment)
-        return Drawn(records, **treatment)
+                pixels(record, **self.treatment)
+        return Drawn(records, **self.treatment)
 
     @property
     def rank(self) -> int:
