@@ -200,6 +200,31 @@ def test_arriving_conditions_give_the_same_image(kind, each, guidance):
         assert read[0] == 1
 
 
+@pytest.mark.parametrize("order", ["bottom_to_top", "random:0"])
+def test_conditions_may_arrive_under_any_order(order):
+    """The last token of a group may look at less than one before it."""
+    decoder = decoder_of(KINDS["codes"])
+    for num_groups in (2, 16):
+        ask = {"num_groups": num_groups, "steps": 2, "seed": 0, "order": order}
+        pieces = Pieces(example("codes"), KINDS["codes"], 1)
+        found = decoder.decode(pieces, num_images=2, **ask).image
+        assert torch.equal(found, decoder.decode(example("codes"), **ask).image)
+
+
+def test_what_arrives_keeps_its_digits():
+    decoder, generator = decoder_of(KINDS["latents"]), torch.Generator().manual_seed(0)
+    cond = torch.randn(2, 2, 2, 3, generator=generator, dtype=torch.float64)
+    pieces = Pieces(cond, KINDS["latents"], 1)
+    found = decoder.decode(pieces, num_images=2, **ASK).image
+    assert torch.equal(found, decoder.decode(cond, **ASK).image)
+
+
+def test_what_a_short_sequence_lacks_is_not_there():
+    value, there = KINDS["text"].check(example("text")[:, :3], 2, CPU)
+    assert value.shape == (2, 5, 6)
+    assert there.tolist() == 2 * [[True, True, True, False, False]]
+
+
 def test_a_preview_waits_for_nothing():
     decoder = decoder_of(KINDS["codes"])
     pieces = Pieces(example("codes"), KINDS["codes"], 4)
