@@ -54,6 +54,15 @@ def test_rows_below_are_drawn_as_after_a_decode(make):
     torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:decoding beyond")
+def test_rows_above_are_drawn_as_after_a_decode_from_below(make):
+    decoder = make(dtype=torch.float64)
+    ask = ASK | {"order": "bottom_to_top"}
+    whole = decoder.decode([1, 2], num_groups=2, **ask).image
+    found = decoder.regenerate(whole, (0, 4), [1, 2], **ask).image
+    torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_is_drawn_depends_on_what_is_kept(make, causal):
     decoder = make(causal=causal)
@@ -92,6 +101,12 @@ def test_variations_keep_the_noise_of_other_groups(make):
     # New noise changes its own group most; the others follow it, with their own noise.
     assert moved[1] > 5 * moved[2] > 0
     assert moved[1] > 5 * moved[3] > 0
+
+
+def test_a_variation_of_every_group_is_a_decode(make):
+    decoder = make(dtype=torch.float64)
+    found = decoder.variations(image(), range(4), [1, 2], num_groups=4, **ASK).image
+    assert torch.equal(found, decoder.decode([1, 2], num_groups=4, **ASK).image)
 
 
 @pytest.mark.usefixtures("unchecked")
