@@ -140,6 +140,16 @@ def test_processes_share_a_batch_and_a_resumed_order_goes_on():
     assert not torch.equal(further, whole)
 
 
+def test_another_seed_is_another_order_in_every_epoch():
+    def order(seed, epoch):
+        draws = Draws(50, batch_size=50, batches=1, seed=seed, done=lambda: epoch)
+        return tuple(next(iter(draws)).tolist())
+
+    orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(found) == list(range(50)) for found in orders)
+
+
 def test_the_hub_schema(shards):
     ask = {"path": str(shards), "image_column": "picture", "label_column": "kind", "channels": 3}
     data = Hub(**ask, image_size=8)
