@@ -158,6 +158,17 @@ def test_matched_settings_cost_the_same(match):
         matched(settings[1:], match, counts=counts)
 
 
+def test_a_cheaper_setting_gets_more_steps_and_a_dear_one_is_left_out():
+    cheap, dear = (Setting(g, 0.0, 8, "top_to_bottom") for g in (2, 4))
+    settings = [Setting(1, 0.0, 8, "top_to_bottom"), cheap, dear]
+
+    def seconds(setting):
+        return {1: (0.0, 1.0), 2: (0.0, 0.5), 4: (15.0, 1.0)}[setting.num_groups]
+
+    found = matched(settings, "seconds", counts=lambda s: (0, 0), seconds=seconds)
+    assert [(s.num_groups, s.steps) for s in found] == [(1, 8), (2, 16)]
+
+
 def test_matched_seconds_are_taken_once(tmp_path):
     asked = []
 
@@ -260,6 +271,7 @@ def point(num_groups, nfe, mean, std=0.01):
 def test_the_front_holds_what_nothing_cheaper_beats():
     cells = [point(1, 4, 3.0), point(1, 8, 2.0), point(2, 8, 2.5), point(2, 16, 2.1)]
     assert [c.mean for c in front(cells, "nfe")] == [3.0, 2.0]
+    assert front([point(1, 8, 2.0), point(1, 4, 2.0)], "nfe") == [point(1, 4, 2.0)]
 
 
 def test_a_difference_counts_beyond_twice_the_spread():
