@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from rolldiff import Decoder, TokenGrid, Training
+from rolldiff import Decoder, TokenGrid, Training, chain
 from rolldiff.chain import PriorReport, TokenizerReport, psnr
 from rolldiff.cli import config_dir
 from rolldiff.generate import Generation, timed
@@ -41,6 +41,8 @@ def tokenizer():
     made = Tokenizer(encoder, decoder, levels=LEVELS)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(encoder.layers[-1].weight, std=4.0)  # or all codes would be one
     return made.eval()
 
 
@@ -64,7 +66,8 @@ def test_codes_are_what_the_decoder_is_told(tokenizer):
     image = images()
     codes = tokenizer.encode(image)
     assert codes.shape == (6, 16)
-    assert codes.min() >= 0 < len(codes.unique()) <= codes.max() + 1 <= tokenizer.codes == 12
+    assert 0 <= codes.min() <= codes.max() < tokenizer.codes == 12
+    assert len(codes.unique()) > 4
     torch.testing.assert_close(tokenizer.latents_of(codes), tokenizer.latents(image))
     pieces = torch.cat(list(tokenizer.pieces(iter(codes.unbind(1)))), dim=1)
     assert torch.equal(pieces.unflatten(1, (4, 4)), tokenizer.latents_of(codes))
@@ -130,6 +133,31 @@ def test_draws_follow_the_distribution(prior):
     assert ((first.bincount(minlength=12) / count - p).abs() < error).all()
 
 
+def test_guidance_goes_towards_the_label(prior):
+    h = prior.embed(torch.tensor([[12]]))
+    told, null = (prior._logits(h, torch.tensor([i]), slice(0, 1))[0, 0] for i in (1, 3))
+    for guidance in (0.5, 8.0):
+        code = next(iter(prior.write([1], guidance=guidance, temperature=1e-9, seed=0)))
+        assert code == (told + guidance * (told - null)).argmax()
+
+
+def test_what_training_drops(prior):
+    """Without labels nothing is told of them; without codes, nothing of those before."""
+    codes = torch.randint(12, (4, 16), generator=torch.Generator().manual_seed(0))
+    prior.dropout, prior.drop_cond = 0.0, 1.0
+    assert torch.equal(prior.loss(codes, [0, 1, 2, 0]), prior.loss(codes))
+    assert not torch.allclose(prior.loss(codes), prior.loss(codes.roll(1, 1)))
+    prior.drop_cond = 0.0
+    assert not torch.allclose(prior.loss(codes, [0, 1, 2, 0]), prior.loss(codes))
+    prior.dropout = 1.0
+    number = torch.arange(16)
+    bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
+    nothing, null = torch.zeros(4, 16, 16), torch.full((4,), 3)
+    logits = prior._logits(nothing, null, slice(0, 16), bias=bias)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(prior.loss(codes), wanted)
+
+
 def test_an_image_gets_the_same_codes_alone_and_in_a_batch(prior):
     ask = {"seed": 5, "guidance": 0.5}
     together = torch.stack(list(prior.write([0, 1, 2], **ask)), dim=1)
@@ -187,6 +215,23 @@ def test_reports(tokenizer, prior, tmp_path):
     assert found["while_written"]["codes_at_first_row"] == 4
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"reconstructions.png", "samples.png", "stream.gif"}
+
+
+def test_reports_do_not_depend_on_their_batches(tokenizer, prior, tmp_path, monkeypatch):
+    image, label = images(12), torch.arange(12) % 3
+    prior.reading(tokenizer)
+    found = []
+    for batch in (5, 500):
+        monkeypatch.setattr(chain, "BATCH", batch)
+        ask = {"label": label, "folder": tmp_path, "seed": 0}
+        tokens = TokenizerReport(num_groups=[2], steps=1)(tokenizer, image, **ask).values
+        codes = PriorReport(num_groups=2, steps=1)(prior, image, **ask).values
+        found.append([tokens["psnr"]["2"], tokens["fd_pixels"]["2"], codes["fd_pixels"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    used = tokenizer.encode(image).flatten().bincount(minlength=12) / (12 * 16)
+    perplexity = torch.distributions.Categorical(used).perplexity()
+    assert tokens["codes_in_use"] == pytest.approx(float(perplexity), rel=1e-4)
+    assert codes["sequences_in_data"] == 0  # of 12^16
 
 
 def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
