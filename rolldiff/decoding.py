@@ -179,7 +179,7 @@ class Decoding:
     def decoded(self, meter: Meter) -> Decoded:
         """Run to the end."""
         states = self.states()
-        with self._autocast():  # around all calls: the weights are cast once
+        with self._autocast():  # around all calls: its casts of the weights are kept
             state = next(state for state in states if state.finished)
             first = meter.seconds()
             state = deque(chain([state], states), maxlen=1).pop()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, Grouping, Patches, Transformer
 
@@ -120,3 +121,24 @@ def test_labels_and_times_matter():
 def test_bad_sizes(arguments):
     with pytest.raises(ValueError, match="width"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of weights as large as one of a block."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), others=None):
+        cast = function is torch.ops.aten._to_copy.default
+        self.count += cast and arguments[0].shape == self.shape
+        return function(*arguments, **(others or {}))
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_weight_is_cast_once_a_decode(make, steps):
+    decoder = make()
+    with Casts(decoder.backbone.blocks[0].qkv.weight.shape) as casts:
+        decoder.decode(0, num_groups=2, steps=steps, seed=0, dtype=torch.bfloat16)
+    assert casts.count == len(decoder.backbone.blocks)

@@ -88,7 +88,8 @@ class Cross(nn.Module):
 class Linear(nn.Module):
     """`x W + b`, the weight stored as `[in, out]`.
 
-    With few rows, as in a small group, a CPU reads it faster so than the other way round.
+    With few rows, as in a small group, a CPU reads it faster so than the other way round. The
+    product takes the weight itself, not a view of it, whose cast autocast would not keep.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
@@ -98,7 +99,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-edge, edge)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.mT, self.bias)
+        if self.bias is None:
+            return x @ self.weight
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:
