@@ -1,0 +1,126 @@
+"""The cards of photographs: their scripts go on where they stopped, and say what was measured."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CARDS = Path(__file__).parents[1] / "benchmarks"
+SETS = {"cifar10": ("img", 32, 3), "fashion_mnist": ("image", 28, 1)}
+# What `rolldiff` and `timeout` are to the scripts; each piece is over before its work is done.
+ROLLDIFF = """#!/usr/bin/env bash
+echo "rolldiff $*" >> calls
+for word in "$@"; do case $word in run_dir=*|resume=*|ckpt=*) run=${word#*=} ;; esac; done
+case "$1 $2" in
+  "train run_dir="*) mkdir -p "$run/checkpoints" && touch "$run/checkpoints/step-1.ckpt" ;;
+  "train resume="*) touch "$run/summary.json" ;;
+  "bench "*) mkdir -p "$run/bench"; [[ -f $run/begun ]] || { touch "$run/begun"; exit 124; } ;;
+esac
+"""
+TIMEOUT = """#!/usr/bin/env bash
+shift 3
+"$@"
+"""
+
+
+def run(card, *arguments, cwd, path=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{path or Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.run(
+        ["bash", str(CARDS / card / "run.sh"), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def pretended(tmp_path):
+    """A folder whose `rolldiff` stops after each piece."""
+    for name, text in (("rolldiff", ROLLDIFF), ("timeout", TIMEOUT)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_a_card_goes_on_where_a_piece_stopped(pretended):
+    done = run("cifar10", "scale=smoke", "minutes=3", cwd=pretended, path=pretended / "bin")
+    assert done.returncode == 0, done.stderr
+    first, second, third, fourth = calls(pretended)
+    assert first.startswith(
+        "rolldiff train run_dir=runs/cifar10-smoke piece=00:00:03:00 experiment="
+    )
+    assert second == "rolldiff train resume=runs/cifar10-smoke piece=00:00:03:00"
+    assert third.startswith("rolldiff bench ckpt=runs/cifar10-smoke")
+    assert fourth == third, "the bench knows itself what is done"
+
+
+def test_a_card_stops_after_one_piece_if_asked(pretended):
+    for count in (1, 3, 4, 4):  # the second call ends the training, and the bench begins
+        once = run("cifar10", "scale=smoke", "once=true", cwd=pretended, path=pretended / "bin")
+        assert once.returncode == 0, once.stderr
+        assert len(calls(pretended)) == count
+        assert ("goes on" in once.stdout) == (count < 4)
+
+
+def test_a_failure_ends_a_card(pretended):
+    (pretended / "bin" / "rolldiff").write_text("#!/bin/sh\nexit 3\n")
+    for card in SETS:
+        assert run(card, "scale=tiny", cwd=pretended, path=pretended / "bin").returncode == 3
+
+
+@pytest.mark.parametrize("wrong", ["scale=huge", "minutes=0", "once=maybe", "train", "data="])
+def test_a_wrong_argument_ends_a_card(wrong, tmp_path):
+    done = run("fashion_mnist", wrong, cwd=tmp_path)
+    assert done.returncode == 2
+    assert wrong in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", SETS)
+def test_a_card_runs_end_to_end(card, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    column, size, channels = SETS[card]
+    pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, channels), np.uint8)
+    stored = []
+    for image in pixels.squeeze():
+        Image.fromarray(image).save(buffer := io.BytesIO(), "PNG")
+        stored.append({"bytes": buffer.getvalue(), "path": None})
+    rows = {column: stored, "label": [i % 10 for i in range(20)]}
+    features = {column: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    (tmp_path / "data").mkdir()
+    table.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    done = run(card, "scale=smoke", f"data={tmp_path / 'data'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for bench in tmp_path.glob("runs/*/bench"):
+        assert (bench / "report.md").is_file()
+        assert len((bench / "results.jsonl").read_text().splitlines()) == 2
+    assert len(list(tmp_path.glob("runs/*/bench"))) == (2 if card == "fashion_mnist" else 1)
+
+
+@pytest.mark.parametrize("report", sorted(CARDS.glob("*/tiny*/report.md")), ids=str)
+def test_a_card_holds_the_tables_of_its_report(report):
+    card = (report.parents[1] / "README.md").read_text(encoding="utf-8")
+    text = report.read_text(encoding="utf-8")
+    for title in ("The best, at any cost", "What grouping costs"):
+        table = text.split(f"## {title}\n")[1].split("\n## ")[0]
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert "\n".join(rows) in card
+    rows = [json.loads(line) for line in (report.parent / "results.jsonl").read_text().splitlines()]
+    assert {row["samples"] * len(row["seeds"]) for row in rows} == {1000}
+    assert all(row["commit"] for row in rows)
