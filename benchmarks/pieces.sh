@@ -34,6 +34,8 @@ train() {
     if [[ -n $(find "$run" -name '*.ckpt' 2>/dev/null) ]]; then
       rolldiff train resume="$run" piece="$piece"
     else
+      # Killed before its first checkpoint, it begins again.
+      [[ ! -e $run ]] || mv "$run" "$run-killed-$(date +%s)"
       rolldiff train run_dir="$run" piece="$piece" "$@" ${data:+data.path="$data"}
     fi
     [[ -f $run/summary.json ]] || pause

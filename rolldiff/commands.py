@@ -46,7 +46,7 @@ def decode(cfg: DictConfig) -> None:
 
     from rolldiff.lit import load
     from rolldiff.pictures import film, sheet
-    from rolldiff.run import named_device, named_dtype
+    from rolldiff.run import compile_in_place, named_device, named_dtype
 
     if cfg.ckpt is None:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
@@ -65,7 +65,7 @@ def decode(cfg: DictConfig) -> None:
         "dtype": named_dtype(cfg.dtype),
     }
     if cfg.compile:
-        decoder.compile()
+        compile_in_place(decoder)
     if out.suffix.lower() == ".gif":
         frames = decoder.stream(cond, frames=cfg.frames, **ask)
         film((sheet(frame.image) for frame in frames), out)

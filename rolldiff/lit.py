@@ -22,7 +22,7 @@ from rolldiff.config import build
 from rolldiff.decoder import Decoder
 from rolldiff.errors import reason
 
-__all__ = ["LitModel", "images_in", "load"]
+__all__ = ["LitModel", "Trainable", "images_in", "load"]
 
 
 @runtime_checkable

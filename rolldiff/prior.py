@@ -204,6 +204,14 @@ class Prior(Pretrained):
             code = (logits / temperature + gumbel).argmax(-1)
             yield code
 
+    def compile(self, *, mode: str | None = None) -> None:
+        """A prior is not compiled: it writes one code at a time, each after a longer past.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("compile must be false for a prior, which is not compiled")
+
     def _label(self, cond: Any, batch: int, device: torch.device) -> Int[Tensor, " B"]:
         null = torch.full((batch,), self.label.num_embeddings - 1, device=device)
         given = self.condition.check(cond, batch, device)

@@ -14,10 +14,18 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from rolldiff.lit import LitModel
+from rolldiff.lit import LitModel, Trainable
 from rolldiff.report import Reported, device_name
 
-__all__ = ["Summary", "build", "named_device", "named_dtype", "newest", "train"]
+__all__ = [
+    "Summary",
+    "build",
+    "compile_in_place",
+    "named_device",
+    "named_dtype",
+    "newest",
+    "train",
+]
 
 
 def _make(cfg: DictConfig, **others: Any) -> Any:
@@ -110,6 +118,8 @@ def build(cfg: DictConfig, **others: Any) -> tuple[LitModel, Any, L.Trainer]:
     lit = _make(cfg.lit)
     # What is asked for when training is over must not fail only then.
     _make(cfg.report).check(lit.model)
+    if cfg.compile:
+        compile_in_place(lit.model)
     return lit, _make(cfg.data), _make(cfg.trainer, **{"logger": False} | others)
 
 
@@ -137,8 +147,6 @@ def train(cfg: DictConfig) -> Summary | None:
         callbacks=[*(_make(callback) for callback in cfg.callbacks.values() if callback), clock],
         logger=_make(cfg.logger) if cfg.logger else False,
     )
-    if cfg.compile:
-        lit.model.compile()
     start = newest(folder) if cfg.resume else None
     trainer.fit(lit, datamodule=data, ckpt_path=start, weights_only=True)
     if clock.stopped:
@@ -179,6 +187,16 @@ def _span(words: str | None) -> timedelta | None:
         raise ValueError(f"piece must be a time DD:HH:MM:SS, got {words!r}")
     days, hours, minutes, seconds = map(int, parts)
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def compile_in_place(model: Trainable) -> None:
+    """Compile a model, with room for the shapes that a command meets.
+
+    Blocks share their versions: with and without gradients, a cache, several times in a span. Past
+    torch's limit of 8 it would go on uncompiled, and say so once.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    model.compile()
 
 
 def named_device(name: str | None) -> torch.device:

@@ -108,6 +108,10 @@ class Tokenizer(Pretrained):
         """The decoder's loss; see `Decoder.loss`."""
         return self.decoder.loss(image, self.latents(image), generator=generator)
 
+    def compile(self, *, mode: str | None = None) -> None:
+        """Compile the decoder's backbone, in place. See `Transformer.compile`."""
+        self.decoder.compile(mode=mode)
+
     def _numbers(self, codes: Int[Tensor, "B k"]) -> Float[Tensor, "B k levels"]:
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
             raise ValueError(

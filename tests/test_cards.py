@@ -76,6 +76,15 @@ def test_a_card_stops_after_one_piece_if_asked(pretended):
         assert ("goes on" in once.stdout) == (count < 4)
 
 
+def test_a_training_without_a_checkpoint_begins_again(pretended):
+    (pretended / "runs/cifar10-smoke").mkdir(parents=True)
+    (pretended / "runs/cifar10-smoke/config.yaml").touch()
+    run("cifar10", "scale=smoke", "once=true", cwd=pretended, path=pretended / "bin")
+    assert calls(pretended)[0].startswith("rolldiff train run_dir=runs/cifar10-smoke ")
+    aside = next(pretended.glob("runs/cifar10-smoke-killed-*"))
+    assert [file.name for file in aside.iterdir()] == ["config.yaml"]
+
+
 def test_a_failure_ends_a_card(pretended):
     (pretended / "bin" / "rolldiff").write_text("#!/bin/sh\nexit 3\n")
     for card in SETS:

@@ -1,8 +1,10 @@
+import csv
 from itertools import pairwise
 
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
 
@@ -11,6 +13,7 @@ from rolldiff.callbacks import SampleGrid
 from rolldiff.cli import config_dir
 from rolldiff.data import Digits
 from rolldiff.lit import LitModel, load
+from rolldiff.run import train
 
 QUIET = {
     "accelerator": "cpu",
@@ -112,3 +115,21 @@ def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
 def test_the_default_callbacks_draw_before_the_average_steps_back():
     names = list(OmegaConf.load(config_dir() / "callbacks/default.yaml"))
     assert names.index("samples") < names.index("ema")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_a_compiled_training_is_the_plain_one(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        words = [f"run_dir={folder}", f"compile={compiled}", "max_steps=30", "max_time=null"]
+        words += ["nn.width=24", "nn.heads=1", "nn.depth=1", "trainer.log_every_n_steps=10"]
+        words += ["report.samples=20", "report.steps=2", "callbacks.progress=null"]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            train(compose("train", words))
+        with (folder / "logs/metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        losses.append([float(row["loss"]) for row in rows if row["loss"]])
+        assert any(float(row["train/device/samples_per_sec"] or 0) > 0 for row in rows)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -31,10 +31,10 @@ case $scale in
     train "$run" experiment=cifar10_tiny
     same=("${features[@]}" bench.samples=500 bench.seeds=[0,1] bench.batch_size=250)
     bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[4,16] \
-      bench.joint_steps=[32,64]
-    bench overlap "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0.5,0.75] \
+      bench.joint_steps=[32]
+    bench overlap "$run" "${same[@]}" bench.num_groups=[2,4,8] bench.overlap=[0.5] \
       bench.steps=[16] bench.joint_steps=[]
-    bench order "$run" "${same[@]}" bench.num_groups=$groups bench.order=[bottom_to_top] \
+    bench order "$run" "${same[@]}" bench.num_groups=[2,4] bench.order=[bottom_to_top] \
       bench.steps=[16] bench.joint_steps=[]
     bench guidance "$run" "${same[@]}" bench.num_groups=[1,4] bench.guidance=[0.5] \
       bench.steps=[16] bench.joint_steps=[]

@@ -25,7 +25,7 @@ from rolldiff.decoder import Decoder
 from rolldiff.lit import load
 from rolldiff.metrics.features import Extractor, described, short_hash
 from rolldiff.report import device_name
-from rolldiff.run import named_device, named_dtype
+from rolldiff.run import compile_in_place, named_device, named_dtype
 from rolldiff.step import Step
 
 __all__ = ["bench"]
@@ -53,7 +53,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         settings = _settings(cfg, decoder)
         common = _common(cfg, decoder, share)
         if cfg.compile:
-            decoder.compile()
+            compile_in_place(decoder)
         if cfg.bench.match is not None:
             settings = share.told(_matched(cfg.bench.match, settings, common, steps, folder))
         same, about = _same(common, cfg), _about(common, cfg)
