@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +52,14 @@ def test_replayed_graphs_equal_single_launches(on_cuda, num_groups, overlap, gui
             assert relative(found.image, expected) < tolerance
             *_, last = compiled.stream([1, 2], seed=seed, dtype=dtype, **ask)
             assert relative(last.image, expected) < tolerance
+
+
+def test_a_replay_hides_no_operations(on_cuda):
+    counts = []
+    for decoder in (on_cuda(), on_cuda()):
+        if counts:
+            decoder.compile()
+        with FlopCounterMode(display=False) as counter:
+            decoder.decode(1, num_groups=1, steps=8, seed=0)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

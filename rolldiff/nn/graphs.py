@@ -2,8 +2,8 @@
 
 A small span at batch 1 is bound by the launches of its kernels; a graph launches them all at once.
 The first call with some shapes runs as it is, the second is recorded, and from then on replayed.
-What the function reads beside its inputs (weights, the cache) must stay where it is. Off CUDA,
-calls pass through.
+What the function reads beside its inputs (weights, the cache) must stay where it is. Off CUDA, and
+while something counts operations, which a replay would hide, calls pass through.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ["Graphs"]
 
@@ -32,7 +33,7 @@ class Graphs:
     recordings: dict[tuple[torch.Size, ...], _Recording | None] = field(default_factory=dict)
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        if not inputs[0].is_cuda:
+        if not inputs[0].is_cuda or _get_current_dispatch_mode() is not None:
             return function(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self.recordings:
