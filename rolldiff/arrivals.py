@@ -45,8 +45,6 @@ class Arrivals:
                 )
         self.null = conditions.null(batch, device)
         self.given = conditions.check(here or None, batch, device)
-        for name in self._arriving:  # to be filled: the null condition may share its memory
-            self.given[name] = Given(*(part.clone() for part in self.given[name]))
         self._count = dict.fromkeys(self._arriving, 0)
         self._batch = batch
 
