@@ -33,19 +33,21 @@ def curves(
         cells: the cells by metric, all of one order, step rule and guidance.
         path: the PNG to write.
         title: what they have in common.
-        floors: the distance between two halves of the data, by metric.
+        floors: the distance between two halves of the data, by metric; drawn where it is near.
     """
     figure, panels = plt.subplots(
         len(cells), len(AXES), figsize=(13, 3.9 * len(cells)), squeeze=False, sharey="row"
     )
     for row, (metric, found) in zip(panels, cells.items(), strict=True):
+        floor = floors.get(metric, 0.0)
+        near = floor >= min(cell.mean for cell in found) / 4  # far below, it would flatten all else
         for panel, axis in zip(row, AXES, strict=True):
             _curves(panel, found, axis)
-            if metric in floors:
-                panel.axhline(floors[metric], color="grey", linewidth=1, linestyle=(0, (1, 2)))
+            if near:
+                panel.axhline(floor, color="grey", linewidth=1, linestyle=(0, (1, 2)))
             panel.set_xlabel(AXES[axis])
-        if metric in floors:
-            where = {"xy": (0.01, floors[metric]), "xycoords": ("axes fraction", "data")}
+        if near:
+            where = {"xy": (0.01, floor), "xycoords": ("axes fraction", "data")}
             row[0].annotate("two halves of the data", **where, color="grey", va="bottom", size=8)
         row[0].set_ylabel(f"{metric} (lower is better)")
     handles, labels = panels[0, 0].get_legend_handles_labels()
