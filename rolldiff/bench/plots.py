@@ -52,7 +52,7 @@ def curves(
         row[0].set_ylabel(f"{metric} (lower is better)")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.suptitle(f"{title}; bands: one standard deviation over seeds", fontsize=11)
+    figure.suptitle(f"{title}; bars: one standard deviation over seeds", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -74,9 +74,7 @@ def _curves(panel: Axes, cells: Sequence[Point], axis: Axis) -> None:
             words = groups_in_words(num_groups, overlap)
             x, y = [c.cost(axis) for c in line], [c.mean for c in line]
             panel.plot(x, y, style, color=colour, marker="o", markersize=3.5, label=words)
-            low = [c.mean - (c.std or 0.0) for c in line]
-            high = [c.mean + (c.std or 0.0) for c in line]
-            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            panel.errorbar(x, y, [c.std or 0.0 for c in line], fmt="none", ecolor=colour, capsize=2)
     panel.set_xscale("log")
     panel.set_yscale("log")
     for side in (panel.xaxis, panel.yaxis):
