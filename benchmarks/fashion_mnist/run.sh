@@ -38,8 +38,8 @@ case $scale in
       bench.steps=[16] bench.joint_steps=[]
     bench guidance "$run" "${same[@]}" bench.num_groups=[1,4] bench.guidance=[0.5] \
       bench.steps=[16] bench.joint_steps=[]
-    bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,7,14,196] bench.steps=[4,16] \
-      bench.joint_steps=[32]
+    bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,196] bench.steps=[4,16] \
+      bench.joint_steps=[]
     ;;
   smoke)
     run=$run-smoke pixels=$pixels-smoke
