@@ -42,7 +42,7 @@ case $scale in
   smoke)
     run=$run-smoke
     train "$run" experiment=cifar10_tiny max_steps=2 report.samples=10 \
-      data.split=train[:20]
+      "data.split='train[:20]'"
     bench cost "$run" "${features[@]}" bench.samples=10 bench.seeds=[0] bench.num_groups=[1,2] \
       bench.steps=[2] bench.joint_steps=[]
     ;;

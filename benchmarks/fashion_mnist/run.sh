@@ -44,9 +44,9 @@ case $scale in
   smoke)
     run=$run-smoke pixels=$pixels-smoke
     train "$run" experiment=fashion_mnist_tiny max_steps=2 report.samples=10 \
-      data.split=train[:20]
+      "data.split='train[:20]'"
     train "$pixels" experiment=fashion_mnist_pixels_tiny max_steps=2 report.samples=10 \
-      data.split=train[:20]
+      "data.split='train[:20]'"
     same=("$features" bench.samples=10 bench.seeds=[0] bench.steps=[2] bench.joint_steps=[])
     bench cost "$run" "${same[@]}" bench.num_groups=[1,2]
     bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,196]
