@@ -58,6 +58,25 @@ bench() {
   done
 }
 
+# sweep RUN GROUPS OVERRIDES…: the benches of a full card, the most important cells first.
+sweep() {
+  local run=$1 all=("bench.num_groups=$2" "${@:3}") no_more=bench.joint_steps=[]
+  bench cost "$run" "${all[@]}" bench.steps=[16,32,64] bench.joint_steps=[4,8,128,256]
+  bench overlap "$run" "${all[@]}" bench.overlap=[0.5,0.75] bench.steps=[16,32,64] $no_more
+  bench order "$run" "${all[@]}" bench.order=[bottom_to_top] bench.steps=[16,64] $no_more
+  bench guidance "$run" "${all[@]}" bench.guidance=[0.5] bench.steps=[16,32] $no_more
+  bench few_steps "$run" "${all[@]}" bench.overlap=[0,0.5,0.75] bench.steps=[4,8] $no_more
+}
+
+# tiny_sweep RUN GROUPS OVERLAPPED OVERRIDES…: those of a tiny one; only some counts overlap.
+tiny_sweep() {
+  local run=$1 all=("${@:4}" bench.steps=[16] bench.joint_steps=[])
+  bench cost "$run" "${@:4}" "bench.num_groups=$2" bench.steps=[4,16] bench.joint_steps=[32]
+  bench overlap "$run" "${all[@]}" "bench.num_groups=$3" bench.overlap=[0.5]
+  bench order "$run" "${all[@]}" bench.num_groups=[2,4] bench.order=[bottom_to_top]
+  bench guidance "$run" "${all[@]}" bench.num_groups=[1,4] bench.guidance=[0.5]
+}
+
 pause() {
   if [[ $once == true ]]; then
     echo "More is to be done: the same command goes on."

@@ -15,29 +15,13 @@ case $scale in
   full)
     train "$run" experiment=cifar10
     same=("${features[@]}" bench.samples=10000 bench.batch_size=1000 compile=true)
-    bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[16,32,64] \
-      bench.joint_steps=[4,8,128,256]
-    bench overlap "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0.5,0.75] \
-      bench.steps=[16,32,64] bench.joint_steps=[]
-    bench order "$run" "${same[@]}" bench.num_groups=$groups bench.order=[bottom_to_top] \
-      bench.steps=[16,64] bench.joint_steps=[]
-    bench guidance "$run" "${same[@]}" bench.num_groups=$groups bench.guidance=[0.5] \
-      bench.steps=[16,32] bench.joint_steps=[]
-    bench few_steps "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0,0.5,0.75] \
-      bench.steps=[4,8] bench.joint_steps=[]
+    sweep "$run" "$groups" "${same[@]}"
     ;;
   tiny)
     run=$run-tiny
     train "$run" experiment=cifar10_tiny
     same=("${features[@]}" bench.samples=500 bench.seeds=[0,1] bench.batch_size=250)
-    bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[4,16] \
-      bench.joint_steps=[32]
-    bench overlap "$run" "${same[@]}" bench.num_groups=[2,4,8] bench.overlap=[0.5] \
-      bench.steps=[16] bench.joint_steps=[]
-    bench order "$run" "${same[@]}" bench.num_groups=[2,4] bench.order=[bottom_to_top] \
-      bench.steps=[16] bench.joint_steps=[]
-    bench guidance "$run" "${same[@]}" bench.num_groups=[1,4] bench.guidance=[0.5] \
-      bench.steps=[16] bench.joint_steps=[]
+    tiny_sweep "$run" "$groups" [2,4,8] "${same[@]}"
     ;;
   smoke)
     run=$run-smoke

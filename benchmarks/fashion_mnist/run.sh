@@ -11,33 +11,16 @@ case $scale in
     train "$run" experiment=fashion_mnist
     train "$pixels" experiment=fashion_mnist_pixels
     same=("$features" bench.samples=10000 bench.batch_size=1000 compile=true)
-    groups=[1,2,4,7,14]
-    bench cost "$run" "${same[@]}" bench.num_groups=$groups bench.steps=[16,32,64] \
-      bench.joint_steps=[4,8,128,256]
     bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,7,28,784] bench.steps=[4,16] \
       bench.joint_steps=[64,256]
-    bench overlap "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0.5,0.75] \
-      bench.steps=[16,32,64] bench.joint_steps=[]
-    bench order "$run" "${same[@]}" bench.num_groups=$groups bench.order=[bottom_to_top] \
-      bench.steps=[16,64] bench.joint_steps=[]
-    bench guidance "$run" "${same[@]}" bench.num_groups=$groups bench.guidance=[0.5] \
-      bench.steps=[16,32] bench.joint_steps=[]
-    bench few_steps "$run" "${same[@]}" bench.num_groups=$groups bench.overlap=[0,0.5,0.75] \
-      bench.steps=[4,8] bench.joint_steps=[]
+    sweep "$run" [1,2,4,7,14] "${same[@]}"
     ;;
   tiny)
     run=$run-tiny pixels=$pixels-tiny
     train "$run" experiment=fashion_mnist_tiny
     train "$pixels" experiment=fashion_mnist_pixels_tiny
     same=("$features" bench.samples=500 bench.seeds=[0,1] bench.batch_size=250)
-    bench cost "$run" "${same[@]}" bench.num_groups=[1,2,4,7] bench.steps=[4,16] \
-      bench.joint_steps=[32]
-    bench overlap "$run" "${same[@]}" bench.num_groups=[2,4] bench.overlap=[0.5] \
-      bench.steps=[16] bench.joint_steps=[]
-    bench order "$run" "${same[@]}" bench.num_groups=[2,4] bench.order=[bottom_to_top] \
-      bench.steps=[16] bench.joint_steps=[]
-    bench guidance "$run" "${same[@]}" bench.num_groups=[1,4] bench.guidance=[0.5] \
-      bench.steps=[16] bench.joint_steps=[]
+    tiny_sweep "$run" [1,2,4,7] [2,4] "${same[@]}"
     bench pixels "$pixels" "${same[@]}" bench.num_groups=[1,196] bench.steps=[4,16] \
       bench.joint_steps=[]
     ;;
