@@ -113,7 +113,7 @@ def comparisons(cells: Sequence[Point], axis: Axis) -> list[Comparison]:
 def best(cells: Sequence[Point]) -> Comparison | None:
     """The best of one group and the best of several, whatever they cost."""
     one, several = (
-        min((c for c in cells if (c.setting.num_groups > 1) is many), key=_mean, default=None)
+        min((c for c in cells if (c.setting.num_groups > 1) is many), key=lambda c: c.mean, default=None)
         for many in (False, True)
     )
     return None if one is None or several is None else Comparison(math.inf, one, several)
@@ -128,10 +128,6 @@ def prices(cells: Sequence[Point]) -> dict[tuple[int, float], list[float]]:
             ratios = found.setdefault((cell.setting.num_groups, cell.setting.overlap), [])
             ratios.append(cell.seconds / one[_steps(cell)])
     return found
-
-
-def _mean(cell: Point) -> float:
-    return cell.mean
 
 
 def _steps(cell: Point) -> tuple[int, str, float]:
