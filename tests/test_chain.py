@@ -92,6 +92,11 @@ def test_a_tokenizer_is_saved_and_read(tokenizer, tmp_path):
     assert torch.equal(found.image, wanted.image)
 
 
+def test_a_prior_is_not_compiled(prior):
+    with pytest.raises(ValueError, match="compile must be false"):
+        prior.compile()
+
+
 def test_a_code_depends_on_no_later_one(prior):
     codes = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(0))
 
