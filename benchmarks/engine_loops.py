@@ -41,7 +41,7 @@ def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     @torch.autocast(device.type, dtype, enabled=cuda)
     def loop() -> Tensor:
         x_t, time = noise, backbone.embed_time(times)

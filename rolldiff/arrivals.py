@@ -68,7 +68,9 @@ class Arrivals:
     def _next(self, name: str, wanted: int) -> bool:
         part, called, count = self._parts[name], self._called[name], self._count[name]
         assert isinstance(part, TokenGrid | TokenSequence)
-        piece = next(self._arriving[name], None)
+        # What runs in there is not ours: its tensors may be kept, and trained on later.
+        with torch.inference_mode(False), torch.no_grad():
+            piece = next(self._arriving[name], None)
         if piece is None:
             # A sequence that all tokens look at may end where it likes.
             if isinstance(part, TokenSequence) and part.ahead is None and count:

@@ -119,15 +119,23 @@ class Decoding:
         )
 
     def states(self) -> Iterator[State]:
-        """The sampler's states."""
-        dim = self.layout.token_dim
-        return sample(
-            self._denoise,
-            self.x_1,
-            timetable=self.timetable(),
-            step=self.step,
-            draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
-        )
+        """The sampler's states, taken in inference mode: a CPU spends a good part of a small call
+        on what a gradient would need."""
+        with torch.inference_mode():
+            timetable, dim = self.timetable(), self.layout.token_dim
+            states = sample(
+                self._denoise,
+                self.x_1,
+                timetable=timetable,
+                step=self.step,
+                draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
+            )
+        while True:
+            with torch.inference_mode():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
 
     def noise(self, image: Float[Tensor, "B N D"], *, iterations: int) -> Float[Tensor, "B N D"]:
         """The noise from which the decode would draw these tokens, all in decode order.
@@ -202,13 +210,14 @@ class Decoding:
         shown = {-(-i * rows // count) for i in range(1, count + 1)}
         return self._frames(rows, shown, preview)
 
-    @torch.no_grad()
     def _frames(self, rows: int, shown: set[int], preview: bool) -> Iterator[Frame]:
         with metered(self.denoiser.backbone, self.context) as meter:
             for state in self.states():
-                if state.row in shown:
-                    image = self.preview(state, waiting=preview)
-                    yield Frame(image, self.finished(state), 1 - state.row / rows, meter.nfe)
+                if state.row not in shown:
+                    continue
+                with torch.no_grad():
+                    image, finished = self.preview(state, waiting=preview), self.finished(state)
+                yield Frame(image, finished, 1 - state.row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
         self._wait(span[1] if self.denoiser.backbone.causal else len(self.order))
@@ -234,3 +243,4 @@ class Decoding:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.order.device.type, self.autocast)
+
