@@ -43,9 +43,10 @@ class Block(nn.Module):
     ) -> Tensor:
         scale_1, gate_1, scale_2, gate_2 = (modulation + self.table).unbind(-2)
         batch, n, width = h.shape
-        qkv = self.qkv(norm(h) * scale_1).view(batch, n, 3, self.heads, width // self.heads)
+        rows = (norm(h) * scale_1).view(-1, width)
+        qkv = self.qkv.forward(rows).view(batch, n, 3, self.heads, width // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, n, size]
-        qk = norm(qkv[:2]) * self.qk_scale[:, None, None]
+        qk = norm(qkv[:2]) * self.qk_scale.view(2, 1, 1, 1, -1)
         # Turn each pair (a, b) of a head: (a cos - b sin, b cos + a sin).
         qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k = qk.to(qkv.dtype).unbind(0)
@@ -54,10 +55,13 @@ class Block(nn.Module):
             k, v = (_remember(kept, new, span) for kept, new in zip(memory, (k, v), strict=True))
         bias = bias if bias is None else bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        h = torch.addcmul(h, gate_1, self.out(seen.transpose(1, 2).reshape(h.shape)))
+        rows = self.out.forward(seen.transpose(1, 2).reshape(-1, width))
+        h = torch.addcmul(h, gate_1, rows.view(h.shape))
         if self.cross is not None and sequence is not None:
             h = h + self.cross(h, sequence, hidden)
-        return torch.addcmul(h, gate_2, self.down(F.gelu(self.up(norm(h) * scale_2))))
+        rows = (norm(h) * scale_2).view(-1, width)
+        rows = self.down.forward(F.gelu(self.up.forward(rows)))
+        return torch.addcmul(h, gate_2, rows.view(h.shape))
 
 
 class Cross(nn.Module):
@@ -73,23 +77,28 @@ class Cross(nn.Module):
 
     def remember(self, sequence: Tensor) -> Memory:
         """Keys and values of a sequence `[C, L, width]`."""
-        kv = self.kv(norm(sequence)).unflatten(-1, (2, self.heads, -1))
+        examples, length, width = sequence.shape
+        kv = self.kv.forward(norm(sequence).view(-1, width))
+        kv = kv.view(examples, length, 2, self.heads, width // self.heads)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return norm(k).to(v.dtype), v
 
     def forward(self, h: Tensor, sequence: Memory, hidden: Tensor | None) -> Tensor:
-        q = self.q(norm(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, n, width = h.shape
+        q = self.q.forward(norm(h).view(-1, width))
+        q = q.view(batch, n, self.heads, width // self.heads).transpose(1, 2)
         k, v = sequence
         hidden = hidden if hidden is None else hidden.to(v.dtype)
         seen = F.scaled_dot_product_attention(norm(q).to(v.dtype), k, v, attn_mask=hidden)
-        return self.out(seen.transpose(1, 2).reshape(h.shape))
+        return self.out.forward(seen.transpose(1, 2).reshape(-1, width)).view(h.shape)
 
 
 class Linear(nn.Module):
-    """`x W + b`, the weight stored as `[in, out]`.
+    """`x W + b` for rows `x`, the weight stored as `[in, out]`.
 
     With few rows, as in a small group, a CPU reads it faster so than the other way round. The
-    product takes the weight itself, not a view of it, whose cast autocast would not keep.
+    product takes the weight itself, not a view of it, whose cast autocast would not keep. Blocks
+    call `forward` itself: looking for hooks takes a CPU as long as a small product.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
@@ -98,10 +107,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-edge, edge))
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-edge, edge)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor:
         if self.bias is None:
-            return x @ self.weight
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+            return rows @ self.weight
+        return torch.addmm(self.bias, rows, self.weight)
 
 
 def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:
@@ -114,4 +123,4 @@ def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:
 
 def norm(h: Tensor) -> Tensor:
     """Zero mean, unit variance over the channels."""
-    return F.layer_norm(h, h.shape[-1:])
+    return torch.layer_norm(h, h.shape[-1:])
