@@ -113,7 +113,11 @@ def comparisons(cells: Sequence[Point], axis: Axis) -> list[Comparison]:
 def best(cells: Sequence[Point]) -> Comparison | None:
     """The best of one group and the best of several, whatever they cost."""
     one, several = (
-        min((c for c in cells if (c.setting.num_groups > 1) is many), key=lambda c: c.mean, default=None)
+        min(
+            (c for c in cells if (c.setting.num_groups > 1) is many),
+            key=lambda c: c.mean,
+            default=None,
+        )
         for many in (False, True)
     )
     return None if one is None or several is None else Comparison(math.inf, one, several)
