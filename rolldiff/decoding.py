@@ -5,7 +5,7 @@ float32 (float64 if the weights are), whatever the network runs in.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,23 +119,23 @@ class Decoding:
         )
 
     def states(self) -> Iterator[State]:
-        """The sampler's states, taken in inference mode: a CPU spends a good part of a small call
-        on what a gradient would need."""
-        with torch.inference_mode():
-            timetable, dim = self.timetable(), self.layout.token_dim
-            states = sample(
-                self._denoise,
-                self.x_1,
-                timetable=timetable,
-                step=self.step,
-                draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
-            )
-        while True:
-            with torch.inference_mode():
-                state = next(states, None)
-            if state is None:
-                return
-            yield state
+        """The sampler's states."""
+        dim, mode = self.layout.token_dim, self._mode()
+        with mode():  # at once: the times are not to be rounded by autocast
+            timetable = self.timetable()
+        states = sample(
+            self._denoise,
+            self.x_1,
+            timetable=timetable,
+            step=self.step,
+            draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
+        )
+        return _each_in(mode, states)
+
+    def _mode(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Inference mode spares a CPU much in a small call. Autocast keeps no casts in it."""
+        cast = self.autocast or torch.is_autocast_enabled(self.order.device.type)
+        return torch.no_grad if cast else torch.inference_mode
 
     def noise(self, image: Float[Tensor, "B N D"], *, iterations: int) -> Float[Tensor, "B N D"]:
         """The noise from which the decode would draw these tokens, all in decode order.
@@ -244,3 +244,14 @@ class Decoding:
             return nullcontext()
         return torch.autocast(self.order.device.type, self.autocast)
 
+
+def _each_in(
+    mode: Callable[[], AbstractContextManager[Any]], states: Iterator[State]
+) -> Iterator[State]:
+    """The same states, each of them made in a mode, which whoever takes them is not in."""
+    while True:
+        with mode():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import ClassLabels
 from rolldiff.hub import Pretrained
-from rolldiff.nn.blocks import Block, Memory, norm
+from rolldiff.nn.blocks import Block, Kept, Memory, norm
 from rolldiff.nn.places import causal_bias
 from rolldiff.streams import Streams
 from rolldiff.tokenizer import Tokenizer
@@ -230,7 +230,9 @@ class Prior(Pretrained):
     ) -> Float[Tensor, "B n codes"]:
         h = h + self.place[span]
         modulation = 1 + self.label(label)[:, None].unflatten(-1, (4, -1))
-        for layer, block in enumerate(self.blocks):
-            kept = None if memory is None else memory[layer]
-            h = block(h, modulation, self._cos, self._sin, bias, kept, span)
+        kept: list[tuple[Kept, Kept] | None] = [None] * len(self.blocks)
+        if memory is not None:
+            kept = [(Kept.at(k, span), Kept.at(v, span)) for k, v in memory]
+        for block, before in zip(self.blocks, kept, strict=True):
+            h = block(h, modulation, self._cos, self._sin, bias, before)
         return self.head(norm(h))

@@ -1,16 +1,39 @@
-"""The block of the transformer: attention with a memory of what is finished, and feed-forward.
+"""The block of the transformer: attention with a memory of what is finished, and feed-forward."""
 
-A span of tokens is given by a slice, or by a tensor of their places: the first reads no more of the
-memory than it must, the second keeps all shapes the same wherever the span is.
-"""
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Block", "Cross", "Memory", "norm"]
+__all__ = ["Block", "Cross", "Kept", "Memory", "norm"]
 
 Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N, size]
+
+
+class Kept(NamedTuple):
+    """The keys or the values of a layer, `[B, heads, N, size]`, as a span of tokens meets them.
+
+    `here` is where the span's own go and `seen` what it may see; with `places` both are the whole.
+    """
+
+    here: Tensor
+    seen: Tensor
+    places: Tensor | None = None
+
+    @classmethod
+    def at(cls, memory: Tensor, span: slice | Tensor) -> "Kept":
+        """A memory as it is met by a span, given by a slice or by a tensor of places."""
+        if isinstance(span, Tensor):
+            return cls(memory, memory, span)
+        return cls(memory[:, :, span], memory[:, :, : span.stop])
+
+    def add(self, new: Tensor) -> Tensor:
+        """Write what the span adds; what it may see."""
+        if self.places is not None:
+            return self.here.index_copy_(2, self.places, new)
+        self.here.copy_(new)
+        return self.seen
 
 
 class Block(nn.Module):
@@ -36,8 +59,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         bias: Tensor | None,
-        memory: Memory | None,
-        span: slice | Tensor,
+        memory: tuple[Kept, Kept] | None = None,
         sequence: Memory | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
@@ -52,7 +74,7 @@ class Block(nn.Module):
         q, k = qk.to(qkv.dtype).unbind(0)
         v = qkv[2]
         if memory is not None:
-            k, v = (_remember(kept, new, span) for kept, new in zip(memory, (k, v), strict=True))
+            k, v = memory[0].add(k), memory[1].add(v)
         bias = bias if bias is None else bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         rows = self.out.forward(seen.transpose(1, 2).reshape(-1, width))
@@ -111,14 +133,6 @@ class Linear(nn.Module):
         if self.bias is None:
             return rows @ self.weight
         return torch.addmm(self.bias, rows, self.weight)
-
-
-def _remember(kept: Tensor, new: Tensor, span: slice | Tensor) -> Tensor:
-    """Write what the span adds; what a token of the span may see."""
-    if isinstance(span, Tensor):
-        return kept.index_copy_(2, span, new)
-    kept.narrow(2, span.start, new.shape[2]).copy_(new)
-    return kept.narrow(2, 0, span.stop)
 
 
 def norm(h: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ and a small table for each. Places are a learned table and two-dimensional rotar
 2021).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,32 +22,11 @@ from rolldiff.conditioning import Conditions
 from rolldiff.conditions import Condition, Given
 from rolldiff.layout import Layout
 from rolldiff.nn.blocks import Block, Cross, Memory, norm
+from rolldiff.nn.context import Context
 from rolldiff.nn.embeddings import Embeddings
-from rolldiff.nn.graphs import Graphs
 from rolldiff.nn.places import causal_bias, in_order, rotation
 
 __all__ = ["Transformer"]
-
-
-@dataclass
-class _Context:
-    """What `Transformer.prepare` computes once; shapes with N are in decode order."""
-
-    place: Float[Tensor, "*B N width"]
-    order: Int[Tensor, "*B N"]
-    cos: Float[Tensor, "*B N size"]
-    sin: Float[Tensor, "*B N size"]
-    group: Int[Tensor, "*B N"]
-    modulation: Float[Tensor, "C 1 mods"] | None = None
-    tokens: Float[Tensor, "C N width"] | None = None
-    sequence: list[Memory] | None = None
-    hidden: Float[Tensor, "C 1 N L"] | None = None
-    bias: Float[Tensor, "B 1 N N"] | None = None
-    memory: list[Memory] | None = None
-    cached: int | None = None
-    groups: list[int] = field(default_factory=list)
-    start: Int[Tensor, ""] | None = None  # of the span, where shapes are to stay the same
-    graphs: Graphs = field(default_factory=Graphs)
 
 
 class Transformer(nn.Module):
@@ -125,16 +103,18 @@ class Transformer(nn.Module):
         *,
         batch: int | None = None,
         dtype: torch.dtype | None = None,
-    ) -> _Context:
+    ) -> Context:
         """See `Backbone.prepare`."""
         width = self.place.shape[1]
         cos, sin = self._rotation.to(order.device)[:, order]
-        context = _Context(
+        context = Context(
             place=self.place[order],
             order=order,
             cos=cos,
             sin=sin,
             group=group,
+            causal=self.causal,
+            depth=len(self.blocks),
         )
         self.arrive(context, self.condition.null(1, order.device) if cond is None else cond)
         if group.ndim == 1:
@@ -155,7 +135,7 @@ class Transformer(nn.Module):
                 context.memory = [(buffer(), buffer()) for _ in self.blocks]
         return context
 
-    def arrive(self, context: _Context, cond: dict[str, Given]) -> None:
+    def arrive(self, context: Context, cond: dict[str, Given]) -> None:
         """See `Backbone.arrive`."""
         given = self.given(cond)
         width = self.place.shape[1]
@@ -203,7 +183,7 @@ class Transformer(nn.Module):
         self,
         x_t: Float[Tensor, "B n D"],
         time: Float[Tensor, "*B #n E"],
-        context: _Context,
+        context: Context,
         start: int = 0,
     ) -> Float[Tensor, "B2 n D"]:
         """See `Backbone.__call__`."""
@@ -217,40 +197,26 @@ class Transformer(nn.Module):
 
         return context.graphs(anywhere, x_t, time)
 
-    def _span(self, context: _Context, span: slice | Tensor, x_t: Tensor, time: Tensor) -> Tensor:
-        h = self.embed(x_t.to(self.embed.weight.dtype)) + context.place[..., span, :]
-        modulation = context.modulation
+    def _span(self, context: Context, span: slice | Tensor, x_t: Tensor, time: Tensor) -> Tensor:
+        here, modulation = context.here(span), context.modulation
         assert modulation is not None  # `prepare` sees to it
+        h = self.embed(x_t.to(self.embed.weight.dtype)) + here.place
         copies = max(1, len(modulation) // len(x_t))
         if copies > 1:  # guidance: the branches share all that comes before the condition
             h = h.repeat(copies, 1, 1)
-        if context.tokens is not None:
-            h = h + context.tokens[:, span]
-        hidden = None if context.hidden is None else context.hidden[:, :, span]
+        if here.tokens is not None:
+            h = h + here.tokens
         width = h.shape[-1]
         added, scale, inner = (time + modulation).split((width, width, 4 * width), dim=-1)
-        cos, sin = context.cos[..., span, :], context.sin[..., span, :]
-        bias = self._mask(context, span)
-        h, inner = h + added, inner.unflatten(-1, (4, width))
-        for layer, block in enumerate(self.blocks):
-            memory = None if context.memory is None else context.memory[layer]
-            sequence = None if context.sequence is None else context.sequence[layer]
-            seen = (h, inner, cos, sin, bias, memory, span, sequence, hidden)
+        h, inner = h + added, inner.view(*inner.shape[:-1], 4, width)
+        sequence: Sequence[Memory | None] = context.sequence or [None] * len(self.blocks)
+        for block, memory, kept in zip(self.blocks, here.memory, sequence, strict=True):
+            seen = (h, inner, here.cos, here.sin, here.bias, memory, kept, here.hidden)
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, *seen, use_reentrant=False)
             else:
                 h = block(*seen)
         return self.head(norm(h) * scale)
-
-    def _mask(self, context: _Context, span: slice | Tensor) -> Tensor | None:
-        if not self.causal or context.bias is not None:
-            return context.bias
-        if isinstance(span, Tensor):
-            several = context.groups[-1] > 0
-            return causal_bias(context.group[span], context.group) if several else None
-        if context.groups[span.start] == context.groups[span.stop - 1]:
-            return None  # one group: it sees all that is there
-        return causal_bias(context.group[span], context.group[: span.stop])
 
 
 class _Time(nn.Module):
