@@ -173,6 +173,7 @@ class Pieces:
         return self
 
     def __next__(self):
+        assert not torch.is_inference_mode_enabled(), "what it makes may be trained on"
         if self.read == len(self.parts):
             raise StopIteration
         self.read += 1

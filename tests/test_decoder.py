@@ -315,6 +315,28 @@ def test_the_network_in_bfloat16_and_the_state_in_float32(make, num_groups, over
     assert torch.equal(last.image, kept)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("preview", [True, False])
+def test_images_may_go_into_a_loss(make, dtype, preview):
+    """Steps run in inference mode; what comes out of them is a tensor like any other."""
+    decoder, modes = make(), []
+    decoder.backbone.register_forward_hook(
+        lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    )
+    ask = {"num_groups": 3, "steps": 2, "seed": 0, "dtype": dtype}
+    images = [decoder.decode(LABEL, **ask).image]
+    assert set(modes) == {(False, dtype is None)}, "under autocast casts of weights are kept"
+    for frame in decoder.stream(LABEL, preview=preview, **ask):
+        assert torch.is_grad_enabled(), "whoever takes frames goes on as before"
+        images.append(frame.image)
+    assert not any(grad for grad, _ in modes)
+    scale = torch.ones((), requires_grad=True)
+    for image in images:
+        assert not image.requires_grad
+        (image * scale).sum().backward()
+    assert scale.grad == pytest.approx(sum(image.sum().item() for image in images), rel=1e-4)
+
+
 def test_weights_in_bfloat16(make):
     """Angles of places and times stay exact, and so does the state."""
     decoder = make()
