@@ -46,12 +46,10 @@ class Estimate(NamedTuple):
 
 
 class Inverse(NamedTuple):
-    """`x = x_from_x_t x_t + x_from_y y`, and the same for `eps`."""
+    """`(x, eps) = from_x_t x_t + from_y y`: both stacked, in front of the dimensions of `t`."""
 
-    x_from_x_t: Tensor
-    x_from_y: Tensor
-    eps_from_x_t: Tensor
-    eps_from_y: Tensor
+    from_x_t: Float[Tensor, "2 *T"]
+    from_y: Float[Tensor, "2 *T"]
 
 
 def coefficients(
@@ -87,23 +85,22 @@ def inverse(prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]
     a, b = coefficients(prediction, noise, t)
     alpha, sigma = noise.alpha(t), noise.sigma(t)
     det = alpha * b - sigma * a
-    found = Inverse(b / det, -sigma / det, -a / det, alpha / det)
+    from_x_t, from_y = torch.stack([b, -a]) / det, torch.stack([-sigma, alpha]) / det
     if prediction == "x":  # the data as they come, also where the determinant is 0
-        return found._replace(x_from_x_t=a - 1, x_from_y=a)
+        from_x_t[0], from_y[0] = 0, 1
     if prediction == "eps":
-        known = alpha > 0
-        return Inverse(
-            found.x_from_x_t.where(known, 0.0), found.x_from_y.where(known, 0.0), b - 1, b
-        )
-    return found
+        from_x_t[0], from_y[0] = (c[0].where(alpha > 0, 0.0) for c in (from_x_t, from_y))
+        from_x_t[1], from_y[1] = 0, 1
+    return Inverse(from_x_t, from_y)
 
 
 def solve(y: Float[Tensor, "B N D"], x_t: Float[Tensor, "B N D"], by: Inverse) -> Estimate:
-    """The estimate of data and noise behind a network's output; `by` broadcasts with it."""
-    return Estimate(
-        torch.addcmul(by.x_from_x_t * x_t, by.x_from_y, y),
-        torch.addcmul(by.eps_from_x_t * x_t, by.eps_from_y, y),
-    )
+    """The estimate of data and noise behind a network's output.
+
+    `by` broadcasts with it; without a batch of its own its times are `[1, N, 1]`, for what is
+    stacked comes first.
+    """
+    return Estimate(*torch.addcmul(by.from_x_t * x_t, by.from_y, y).unbind(0))
 
 
 def weight(

@@ -34,7 +34,7 @@ class Level(NamedTuple):
 
     rows: slice | Tensor  # where in the table this comes from
     schedule: Float[Tensor, "5 n 1"]
-    solution: Float[Tensor, "4 n 1"]
+    solution: Float[Tensor, "2 2 1 n 1"]
 
     @property
     def t(self) -> Float[Tensor, "n 1"]:
@@ -99,9 +99,9 @@ class Timetable:
         t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
         fields = torch.stack([t, noise.alpha(t), noise.sigma(t), *noise.rates(t)])
         self._schedule = fields[..., None].to(like)
-        self._solution = torch.stack(inverse(prediction, noise, t))[..., None].to(like)
+        self._solution = torch.stack(inverse(prediction, noise, t[None, :, None])).to(like)
         self._embedding = t[:, None] if embed is None else embed(t.to(like))
-        columns = zip(self._schedule.split(1, 1), self._solution.split(1, 1), strict=True)
+        columns = zip(self._schedule.split(1, -2), self._solution.split(1, -2), strict=True)
         self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
         self._levels: dict[tuple[int, ...], Level] = {}
 
@@ -158,6 +158,6 @@ class Timetable:
             rows = torch.tensor(ages).repeat_interleave(sizes).to(self._schedule.device)
             if len(self._levels) == KEPT:
                 self._levels.clear()
-            level = Level(rows, self._schedule[:, rows], self._solution[:, rows])
+            level = Level(rows, self._schedule[:, rows], self._solution[..., rows, :])
             self._levels[key] = level
         return level

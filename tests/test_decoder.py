@@ -60,7 +60,7 @@ def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
     with torch.no_grad():
         time = decoder.backbone.embed_time(torch.arange(steps, -1, -1) / steps)
         for r in range(steps):
-            t, s = (torch.tensor([[steps - i]]).double() / steps for i in (r, r + 1))
+            t, s = (torch.tensor([[[steps - i]]]).double() / steps for i in (r, r + 1))
             y = decoder.backbone(x, time[r : r + 1], context)
             by = Inverse(*(number.float() for number in inverse("x", Rectified(), t)))
             x_0, eps = solve(y, x, by)

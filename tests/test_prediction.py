@@ -30,7 +30,7 @@ def test_the_loss_space_is_a_weight(noise, kind, loss):
     t = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
     x, eps, y = torch.randn(3, 2, 3, 4, dtype=torch.float64)
     a, b = (c[:, None] for c in coefficients(kind, noise, t))
-    estimate = solve(y, noise.perturb(x, eps, t), inverse(kind, noise, t[:, None]))
+    estimate = solve(y, noise.perturb(x, eps, t), inverse(kind, noise, t[None, :, None]))
     c, d = (c[:, None] for c in coefficients(loss, noise, t))
     direct = (c * (estimate.x - x) + d * (estimate.eps - eps)).square()
     weighted = weight(kind, loss, noise, t)[:, None] * (y - a * x - b * eps).square()
@@ -40,7 +40,7 @@ def test_the_loss_space_is_a_weight(noise, kind, loss):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pure_noise_has_a_finite_estimate(kind):
     y, x_t = torch.randn(2, 1, 2, 3)
-    estimate = solve(y, x_t, inverse(kind, Rectified(), torch.ones(2, 1)))
+    estimate = solve(y, x_t, inverse(kind, Rectified(), torch.ones(1, 2, 1)))
     assert estimate.x.isfinite().all()
     assert estimate.eps.isfinite().all()
 

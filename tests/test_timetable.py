@@ -36,8 +36,8 @@ def test_levels_are_those_of_the_scheduling_matrix(num_groups, overlap, steps, d
     torch.testing.assert_close(level.sigma.expand_as(t), noise.sigma(t))
     for found, rate in zip(level.rates, noise.rates(t), strict=True):
         torch.testing.assert_close(found.expand_as(t), rate)
-    for found, number in zip(level.inverse, inverse("v", noise, t), strict=True):
-        torch.testing.assert_close(found.expand_as(t), number)
+    for found, number in zip(level.inverse, inverse("v", noise, t[None]), strict=True):
+        torch.testing.assert_close(found.expand_as(number), number)
     time = times.time(lo, hi)
     torch.testing.assert_close(time.expand(len(t), 2), torch.cat([t, t**2], -1))
     if row < times.rows:
