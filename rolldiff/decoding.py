@@ -5,7 +5,7 @@ float32 (float64 if the weights are), whatever the network runs in.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,23 +119,20 @@ class Decoding:
         )
 
     def states(self) -> Iterator[State]:
-        """The sampler's states."""
-        dim, mode = self.layout.token_dim, self._mode()
-        with mode():  # at once: the times are not to be rounded by autocast
-            timetable = self.timetable()
-        states = sample(
+        """The sampler's states; whoever takes them does so in `_mode`."""
+        dim = self.layout.token_dim
+        return sample(
             self._denoise,
             self.x_1,
-            timetable=timetable,
+            timetable=self.timetable(),
             step=self.step,
             draw=lambda n: self.streams.normal(n, dim).to(self.x_1),
         )
-        return _each_in(mode, states)
 
-    def _mode(self) -> Callable[[], AbstractContextManager[Any]]:
+    def _mode(self) -> AbstractContextManager[Any]:
         """Inference mode spares a CPU much in a small call. Autocast keeps no casts in it."""
         cast = self.autocast or torch.is_autocast_enabled(self.order.device.type)
-        return torch.no_grad if cast else torch.inference_mode
+        return torch.no_grad() if cast else torch.inference_mode()
 
     def noise(self, image: Float[Tensor, "B N D"], *, iterations: int) -> Float[Tensor, "B N D"]:
         """The noise from which the decode would draw these tokens, all in decode order.
@@ -187,7 +184,7 @@ class Decoding:
     def decoded(self, meter: Meter) -> Decoded:
         """Run to the end."""
         states = self.states()
-        with self._autocast():  # around all calls: its casts of the weights are kept
+        with self._mode(), self._autocast():  # around all calls: casts of the weights are kept
             state = next(state for state in states if state.finished)
             first = meter.seconds()
             state = deque(chain([state], states), maxlen=1).pop()
@@ -212,12 +209,15 @@ class Decoding:
 
     def _frames(self, rows: int, shown: set[int], preview: bool) -> Iterator[Frame]:
         with metered(self.denoiser.backbone, self.context) as meter:
-            for state in self.states():
-                if state.row not in shown:
-                    continue
-                with torch.no_grad():
-                    image, finished = self.preview(state, waiting=preview), self.finished(state)
-                yield Frame(image, finished, 1 - state.row / rows, meter.nfe)
+            with torch.no_grad():
+                states = self.states()
+            for row in range(rows + 1):
+                with self._mode():
+                    state = next(states)
+                if row in shown:
+                    with torch.no_grad():
+                        image, finished = self.preview(state, waiting=preview), self.finished(state)
+                    yield Frame(image, finished, 1 - row / rows, meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
         self._wait(span[1] if self.denoiser.backbone.causal else len(self.order))
@@ -243,15 +243,3 @@ class Decoding:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.order.device.type, self.autocast)
-
-
-def _each_in(
-    mode: Callable[[], AbstractContextManager[Any]], states: Iterator[State]
-) -> Iterator[State]:
-    """The same states, each of them made in a mode, which whoever takes them is not in."""
-    while True:
-        with mode():
-            state = next(states, None)
-        if state is None:
-            return
-        yield state

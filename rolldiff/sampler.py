@@ -95,7 +95,7 @@ def sample(
         x_s, estimate = step(denoise_span, moving, t, s, last=last, draw=draw_span)
         timetable.ages[groups] = after
         here.copy_(x_s)
-        x[:, lo:hi] = estimate.x
+        x[:, lo:hi].copy_(estimate.x)
         if step.multistep:
             eps[:, lo:hi] = estimate.eps
         yield State(row + 1, x_t, timetable, x, ends[following.start], hi)
