@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, Grouping, Patches, Transformer
+from rolldiff.nn.blocks import FEW, gelu
 
 
 def network(patch=1, **arguments):
@@ -121,6 +122,15 @@ def test_labels_and_times_matter():
 def test_bad_sizes(arguments):
     with pytest.raises(ValueError, match="width"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW // 8, FEW // 8 + 1])
+def test_gelu_is_the_same_for_few_rows_and_many(rows):
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
+    found = gelu(x)
+    assert found.is_contiguous()
+    exact = x.double() * torch.special.ndtr(x.double())
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)
 
 
 class Casts(TorchDispatchMode):

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 __all__ = ["Block", "Cross", "Kept", "Memory", "norm"]
 
+# Up to so many numbers torch's own gelu on a CPU is done before oneDNN's has started.
+FEW = 2**14
+
 Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N, size]
 
 
@@ -82,7 +85,7 @@ class Block(nn.Module):
         if self.cross is not None and sequence is not None:
             h = h + self.cross(h, sequence, hidden)
         rows = (norm(h) * scale_2).view(-1, width)
-        rows = self.down.forward(F.gelu(self.up.forward(rows)))
+        rows = self.down.forward(gelu(self.up.forward(rows)))
         return torch.addcmul(h, gate_2, rows.view(h.shape))
 
 
@@ -138,3 +141,10 @@ class Linear(nn.Module):
 def norm(h: Tensor) -> Tensor:
     """Zero mean, unit variance over the channels."""
     return torch.layer_norm(h, h.shape[-1:])
+
+
+def gelu(rows: Tensor) -> Tensor:
+    """Gelu of rows; of few, on a CPU, by way of a transposed view, which oneDNN does not take."""
+    if rows.numel() > FEW or not rows.is_cpu or torch.compiler.is_compiling():
+        return F.gelu(rows)
+    return F.gelu(rows.t()).t()
