@@ -92,7 +92,8 @@ def every_token(model: Decoder, num_groups: int, batch: int, steps: int) -> Call
         context = model.backbone.prepare(order, group)
 
         def denoise(x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-            y = model.backbone(x_t, timetable.time(0, num_tokens), context)
+            time = timetable.embedded(timetable.level(0, num_tokens))
+            y = model.backbone(x_t, time, context)
             inverse = timetable.level(*span).inverse
             return solve(y[:, slice(*span)], x_t[:, slice(*span)], inverse)
 

@@ -131,22 +131,6 @@ class Denoiser:
             like=like,
         )
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "B N D"],
-        timetable: Timetable,
-        context: Context,
-        span: tuple[int, int],
-    ) -> Tensor:
-        """The backbone's output for the tokens `lo … hi - 1` of the state."""
-        lo, hi = span
-        start = context.cached or 0
-        stop = hi if self.backbone.causal else x_t.shape[1]
-        y = self.backbone(x_t[:, start:stop], timetable.time(start, stop), context, start)
-        if context.cached is not None:
-            context.cached = lo
-        return y if (start, stop) == (lo, hi) else y[:, lo - start : hi - start]
-
     def __call__(
         self,
         x_t: Float[Tensor, "B N D"],
@@ -156,8 +140,22 @@ class Denoiser:
     ) -> Estimate:
         """The estimate for the tokens `lo … hi - 1`: whole groups, all those before them clean."""
         lo, hi = span
-        y = self.predict(x_t, timetable, context, span).to(x_t.dtype)
-        return solve(y, x_t[:, lo:hi], timetable.level(lo, hi).inverse)
+        start = context.cached or 0
+        stop = hi if self.backbone.causal else x_t.shape[1]
+        shown = x_t[:, start:stop]
+        level = timetable.level(start, stop)
+        y = self.backbone(shown, timetable.embedded(level), context, start)
+        if context.cached is not None:
+            context.cached = lo
+        if (start, stop) != span:
+            y, shown = y[:, lo - start : hi - start], shown[:, lo - start : hi - start]
+            level = timetable.level(lo, hi)
+        y = self.guide(y, timetable, span)  # in the network's type; `solve` promotes it
+        return solve(y, shown, level.inverse)
+
+    def guide(self, y: Tensor, timetable: Timetable, span: tuple[int, int]) -> Tensor:
+        """The prediction to solve for, from the backbone's output for the span."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -209,14 +207,8 @@ class Guided(Denoiser):
 
     guidance: Guidance = Guidance(1.0)
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "B N D"],
-        timetable: Timetable,
-        context: Context,
-        span: tuple[int, int],
-    ) -> Tensor:
-        y, y_null = super().predict(x_t, timetable, context, span).chunk(2)
+    def guide(self, y: Tensor, timetable: Timetable, span: tuple[int, int]) -> Tensor:
+        y, y_null = y.chunk(2)
         if self.guidance.constant:
             return y + self.guidance.scale * (y - y_null)
         w = y.new_tensor(timetable.each(*span, self.guidance.weight))

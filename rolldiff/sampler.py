@@ -79,23 +79,24 @@ def sample(
         return draw(hi - lo)
 
     yield State(0, x_t, timetable, x, known, known)
-    following = timetable.moving(0)
+    following, lo, hi, here, x_here = timetable.moving(0), 0, 0, x_t, x
     for row in range(timetable.rows):
         groups, following = following, timetable.moving(row + 1)
-        lo, hi = ends[groups.start], ends[groups.stop]
+        if (lo, hi) != (ends[groups.start], ends[groups.stop]):
+            lo, hi = ends[groups.start], ends[groups.stop]
+            here, x_here = x_t[:, lo:hi], x[:, lo:hi]
         before = timetable.ages[groups]
         after = [age + 1 for age in before]
         t, s = timetable.level(lo, hi), timetable.level(lo, hi, ahead=1)
-        here = x_t[:, lo:hi]
         # The second call of a step writes into the state.
         moving = here if step.calls == 1 else here.clone()
         last = None
         if step.multistep and row > 0:
-            last = Last(Estimate(x[:, lo:hi], eps[:, lo:hi]), timetable.level(lo, hi, ahead=-1))
+            last = Last(Estimate(x_here, eps[:, lo:hi]), timetable.level(lo, hi, ahead=-1))
         x_s, estimate = step(denoise_span, moving, t, s, last=last, draw=draw_span)
         timetable.ages[groups] = after
         here.copy_(x_s)
-        x[:, lo:hi].copy_(estimate.x)
+        x_here.copy_(estimate.x)
         if step.multistep:
             eps[:, lo:hi] = estimate.eps
         yield State(row + 1, x_t, timetable, x, ends[following.start], hi)

@@ -28,35 +28,21 @@ KEPT = 64
 class Level(NamedTuple):
     """The local times of some tokens and what the noise schedule says of them.
 
-    Fields are `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all have the same time. A step
-    wants few of them, so they are taken from the table when asked for.
+    Fields are `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all have the same time.
     """
 
     rows: slice | Tensor  # where in the table this comes from
-    schedule: Float[Tensor, "5 n 1"]
-    solution: Float[Tensor, "2 2 1 n 1"]
-
-    @property
-    def t(self) -> Float[Tensor, "n 1"]:
-        return self.schedule[0]
-
-    @property
-    def alpha(self) -> Float[Tensor, "n 1"]:
-        return self.schedule[1]
-
-    @property
-    def sigma(self) -> Float[Tensor, "n 1"]:
-        return self.schedule[2]
-
-    @property
-    def rates(self) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n 1"]]:
-        """`(alpha', sigma')`."""
-        return self.schedule[3], self.schedule[4]
+    t: Float[Tensor, "n 1"]
+    alpha: Float[Tensor, "n 1"]
+    sigma: Float[Tensor, "n 1"]
+    rates: Float[Tensor, "2 n 1"]  # alpha' and sigma'
+    from_x_t: Float[Tensor, "2 1 n 1"]
+    from_y: Float[Tensor, "2 1 n 1"]
 
     @property
     def inverse(self) -> Inverse:
         """The inverse of the prediction."""
-        return Inverse(*self.solution.unbind(0))
+        return Inverse(self.from_x_t, self.from_y)
 
 
 class Timetable:
@@ -97,12 +83,13 @@ class Timetable:
         self._sizes = [b - a for a, b in pairwise(self.ends)]
         # Whole numbers until the division, and float64 until the last: the ends are exact.
         t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-        fields = torch.stack([t, noise.alpha(t), noise.sigma(t), *noise.rates(t)])
-        self._schedule = fields[..., None].to(like)
-        self._solution = torch.stack(inverse(prediction, noise, t[None, :, None])).to(like)
         self._embedding = t[:, None] if embed is None else embed(t.to(like))
-        columns = zip(self._schedule.split(1, -2), self._solution.split(1, -2), strict=True)
-        self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(columns)]
+        levels = t, noise.alpha(t), noise.sigma(t), torch.stack(noise.rates(t))
+        solution = inverse(prediction, noise, t[None, :, None])
+        self._fields = [field.to(like) for field in (*(c[..., None] for c in levels), *solution)]
+        # Rows as `split(1, -2)` gives them; `unbind` takes half the time.
+        alone = zip(*(field.unsqueeze(-2).unbind(-3) for field in self._fields), strict=True)
+        self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(alone)]
         self._levels: dict[tuple[int, ...], Level] = {}
 
     def moving(self, row: int) -> slice:
@@ -133,9 +120,9 @@ class Timetable:
         level = self.level(0, self.ends[-1])
         return level.t[:, 0].expand(self.ends[-1])
 
-    def time(self, lo: int, hi: int) -> Float[Tensor, "n E"]:
-        """The embedded times of the tokens `lo … hi - 1`; a single row if they are the same."""
-        return self._embedding[self.level(lo, hi).rows]
+    def embedded(self, level: Level) -> Float[Tensor, "n E"]:
+        """The embedded times of a level; a single row if they are the same."""
+        return self._embedding[level.rows]
 
     def level(self, lo: int, hi: int, *, ahead: int = 0) -> Level:
         """The level of the tokens `lo … hi - 1`, which are whole groups.
@@ -155,9 +142,9 @@ class Timetable:
         level = self._levels.get(key)
         if level is None:
             sizes = torch.tensor(self._sizes[groups])
-            rows = torch.tensor(ages).repeat_interleave(sizes).to(self._schedule.device)
+            rows = torch.tensor(ages).repeat_interleave(sizes).to(self._embedding.device)
             if len(self._levels) == KEPT:
                 self._levels.clear()
-            level = Level(rows, self._schedule[:, rows], self._solution[..., rows, :])
+            level = Level(rows, *(field[..., rows, :] for field in self._fields))
             self._levels[key] = level
         return level

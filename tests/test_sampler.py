@@ -77,7 +77,7 @@ class _Midpoint(Euler):
     """Asks halfway, where the timetable has nothing."""
 
     def __call__(self, denoise, x_t, t, s, *, last=None, draw):
-        return x_t, denoise(x_t, t._replace(schedule=(t.schedule + s.schedule) / 2))
+        return x_t, denoise(x_t, t._replace(t=(t.t + s.t) / 2))
 
 
 def test_a_step_asks_at_its_ends():

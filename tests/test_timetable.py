@@ -38,7 +38,7 @@ def test_levels_are_those_of_the_scheduling_matrix(num_groups, overlap, steps, d
         torch.testing.assert_close(found.expand_as(t), rate)
     for found, number in zip(level.inverse, inverse("v", noise, t[None]), strict=True):
         torch.testing.assert_close(found.expand_as(number), number)
-    time = times.time(lo, hi)
+    time = times.embedded(level)
     torch.testing.assert_close(time.expand(len(t), 2), torch.cat([t, t**2], -1))
     if row < times.rows:
         ahead = times.level(lo, hi, ahead=1).t.expand_as(t)
