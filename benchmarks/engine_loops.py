@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rolldiff import Decoder, Euler, Grouping, Patches, RollingSchedule, Training, Transformer
 from rolldiff.conditioning import Conditions
+from rolldiff.cost import Meter
 from rolldiff.denoiser import Denoiser
 from rolldiff.prediction import Estimate, solve
 from rolldiff.sampler import sample
@@ -84,7 +85,8 @@ def every_token(model: Decoder, num_groups: int, batch: int, steps: int) -> Call
     layout, num_tokens = model.layout, model.layout.num_tokens
     schedule, order = RollingSchedule(num_groups), torch.arange(num_tokens, device=model.device)
     group = Grouping(num_tokens, num_groups).group.to(model.device)
-    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
+    meter = Meter(model.device)
+    denoiser = Denoiser(model.backbone, model.noise, model.prediction, meter)
 
     @torch.no_grad()
     def decode() -> Tensor:

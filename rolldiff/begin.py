@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rolldiff.arrivals import Arrivals
 from rolldiff.conditioning import joined
+from rolldiff.cost import Meter
 from rolldiff.decoding import Decoding, Model
 from rolldiff.denoiser import Denoiser, Guidance, Guided
 from rolldiff.grouping import Grouping, Order, decode_order
@@ -69,6 +70,7 @@ def begin(
     Raises:
         ValueError: if one of them is out of range; see `Decoder.decode` for what they mean.
     """
+    meter = Meter(model.device)
     computes_in = _computes_in(model, dtype)
     num_tokens, num_known = model.layout.num_tokens, 0 if known is None else int(known.where.sum())
     group = Grouping(num_tokens - num_known, num_groups).group
@@ -88,14 +90,14 @@ def begin(
         raise ValueError(f"guidance must be a finite number or a Guidance, got {guidance!r}")
     arrivals = Arrivals(model.condition, cond, num_images, model.device)
     given = arrivals.given
-    denoiser = Denoiser(model.backbone, model.noise, model.prediction)
+    denoiser = Denoiser(model.backbone, model.noise, model.prediction, meter)
     if guidance.scale != 0:
         if cond is None:
             raise ValueError(
                 f"guidance needs a condition, got guidance {guidance.scale} without cond"
             )
         given = joined(given, arrivals.null)
-        denoiser = Guided(model.backbone, model.noise, model.prediction, guidance)
+        denoiser = Guided(model.backbone, model.noise, model.prediction, meter, guidance)
     permutation = decode_order(order, model.layout.coords).to(model.device)
     streams = Streams(seed, num_images, first=first)
     # A pixel starts from the same noise whatever the order.

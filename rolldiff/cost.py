@@ -1,7 +1,7 @@
 """What a decode costs: network calls in series, token evaluations, seconds.
 
-Calls and tokens are counted by a hook on the backbone, never derived from the settings. `predict`
-says beforehand what the count will be. With a cache and one call a step it is
+Calls and tokens are counted where the backbone is called, never derived from the settings.
+`predict` says beforehand what the count will be. With a cache and one call a step it is
 
     nfe = R = S + (G - 1) k,        tokens = N (S + 1) - (tokens of the last group),
 
@@ -10,20 +10,16 @@ the cache, which the last group does not need.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rolldiff.denoiser import Backbone, Context
 from rolldiff.grouping import Grouping
 from rolldiff.schedule import RollingSchedule
 
-__all__ = ["Cost", "Meter", "metered", "predict"]
+__all__ = ["Cost", "Meter", "predict"]
 
 
 @dataclass(frozen=True)
@@ -46,26 +42,23 @@ class Cost:
 
 
 class Meter:
-    """Counts calls and tokens as they happen.
+    """Counts the calls and tokens of a decode as they happen, and keeps its time.
 
     Args:
         device: what runs the calls.
-        context: count only the calls that this context is handed to; None counts all.
     """
 
-    def __init__(self, device: torch.device, context: Context | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.context = context
         self.nfe = 0
         self.tokens = 0
         self._start = time.perf_counter()
 
-    def count(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """A forward hook: the output's batch over the input's is the number of branches."""
-        if self.context is not None and self.context is not inputs[2]:
-            return
+    def count(self, x_t: Tensor, y: Tensor) -> None:
+        """A call; the batch of its output over that of its input is the number of branches."""
+        batch, num_tokens, _ = y.shape
         self.nfe += 1
-        self.tokens += output.shape[1] * output.shape[0] // inputs[0].shape[0]
+        self.tokens += num_tokens * batch // len(x_t)
 
     def seconds(self) -> float:
         """Since the start; on CUDA, once all that was asked for is done."""
@@ -121,16 +114,3 @@ def predict(
     else:
         tokens = num_tokens * (rows + again)
     return rows + again, tokens * (2 if guidance else 1)
-
-
-@contextmanager
-def metered(backbone: Backbone, context: Context | None = None) -> Iterator[Meter]:
-    """Count the backbone's calls inside the block, all of them or those with a context."""
-    if not isinstance(backbone, nn.Module):
-        raise ValueError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
-    meter = Meter(next(backbone.parameters()).device, context)
-    handle = backbone.register_forward_hook(meter.count)
-    try:
-        yield meter
-    finally:
-        handle.remove()

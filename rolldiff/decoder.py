@@ -13,7 +13,6 @@ from torch import Tensor
 from rolldiff.begin import begin
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import ClassLabels, Condition
-from rolldiff.cost import metered
 from rolldiff.decoding import Decoded, Frame
 from rolldiff.denoiser import Backbone, Guidance
 from rolldiff.editing import Editing
@@ -228,9 +227,8 @@ class Decoder(Pretrained, Editing):
             ValueError: if an argument is out of range.
         """
         asked = num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
-        with torch.no_grad(), metered(self.backbone) as meter:
-            run = begin(self, cond, *asked, dtype)
-            return run.decoded(meter)
+        with torch.no_grad():
+            return begin(self, cond, *asked, dtype).decoded()
 
     def stream(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 from rolldiff.arrivals import Arrivals
 from rolldiff.conditioning import Conditions, joined
 from rolldiff.conditions import Given
-from rolldiff.cost import Cost, Meter, metered
+from rolldiff.cost import Cost
 from rolldiff.denoiser import Backbone, Context, Denoiser, Guided
 from rolldiff.layout import Layout
 from rolldiff.noise import NoiseSchedule
@@ -149,7 +149,8 @@ class Decoding:
                 timetable.ages[group] = age
                 s = timetable.level(lo, hi, ahead=1)
                 for _ in range(iterations):
-                    estimate = self._denoise(x_t, timetable, (lo, hi))
+                    with self._autocast():
+                        estimate = self._denoise(x_t, timetable, (lo, hi))
                     here += x_s - torch.addcmul(s.alpha * estimate.x, s.sigma, estimate.eps)
                 x_s = here.clone()
             noise.append(x_s)
@@ -176,18 +177,22 @@ class Decoding:
         if waiting and state.started < num_tokens:
             x, cached = x.clone(), self.context.cached
             # What has not arrived for them is null here: a preview waits for nothing.
-            x[:, done:] = self._estimate(state.x_t, state.timetable, (done, num_tokens)).x
+            with self._autocast():
+                ahead = self.denoiser(state.x_t, state.timetable, self.context, (done, num_tokens))
+            x[:, done:] = ahead.x
             # As if nothing had been asked: the decode goes on with the same calls, bit by bit.
             self.context.cached = cached
         return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
 
-    def decoded(self, meter: Meter) -> Decoded:
+    def decoded(self) -> Decoded:
         """Run to the end."""
-        states = self.states()
-        with self._mode(), self._autocast():  # around all calls: casts of the weights are kept
-            state = next(state for state in states if state.finished)
-            first = meter.seconds()
-            state = deque(chain([state], states), maxlen=1).pop()
+        meter = self.denoiser.meter
+        with self._mode():
+            states = self.states()
+            with self._autocast():  # around all calls: casts of the weights are kept
+                state = next(state for state in states if state.finished)
+                first = meter.seconds()
+                state = deque(chain([state], states), maxlen=1).pop()
         image = self.image(state.x_t)
         cost = meter.cost(first=first, cached=self.context.cached is not None)
         return Decoded(image, cost, self.schedule.rounded(self.steps))
@@ -208,24 +213,20 @@ class Decoding:
         return self._frames(rows, shown, preview)
 
     def _frames(self, rows: int, shown: set[int], preview: bool) -> Iterator[Frame]:
-        with metered(self.denoiser.backbone, self.context) as meter:
-            with torch.no_grad():
-                states = self.states()
-            for row in range(rows + 1):
-                with self._mode():
-                    state = next(states)
-                if row in shown:
-                    with torch.no_grad():
-                        image, finished = self.preview(state, waiting=preview), self.finished(state)
-                    yield Frame(image, finished, 1 - row / rows, meter.nfe)
+        with self._mode():
+            states = self.states()
+        for row in range(rows + 1):
+            with self._mode(), self._autocast():
+                state = next(states)
+            if row in shown:
+                with torch.no_grad():
+                    image, finished = self.preview(state, waiting=preview), self.finished(state)
+                yield Frame(image, finished, 1 - row / rows, self.denoiser.meter.nfe)
 
     def _denoise(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-        self._wait(span[1] if self.denoiser.backbone.causal else len(self.order))
-        return self._estimate(x_t, timetable, span)
-
-    def _estimate(self, x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-        with self._autocast():
-            return self.denoiser(x_t, timetable, self.context, span)
+        if self.needs:
+            self._wait(span[1] if self.denoiser.backbone.causal else len(self.order))
+        return self.denoiser(x_t, timetable, self.context, span)
 
     def _wait(self, count: int) -> None:
         """Until there is what the first tokens look at; `needs` is empty if nothing arrives."""

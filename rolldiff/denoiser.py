@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import Given
+from rolldiff.cost import Meter
 from rolldiff.noise import NoiseSchedule
 from rolldiff.prediction import Estimate, Prediction, solve
 from rolldiff.schedule import RollingSchedule
@@ -108,7 +109,8 @@ class Denoiser:
 
     backbone: Backbone
     noise: NoiseSchedule
-    prediction: Prediction = "x"
+    prediction: Prediction
+    meter: Meter
 
     def timetable(
         self,
@@ -145,6 +147,7 @@ class Denoiser:
         shown = x_t[:, start:stop]
         level = timetable.level(start, stop)
         y = self.backbone(shown, timetable.embedded(level), context, start)
+        self.meter.count(shown, y)
         if context.cached is not None:
             context.cached = lo
         if (start, stop) != span:

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rolldiff.begin import Known, begin
-from rolldiff.cost import metered
 from rolldiff.decoding import Decoded, Model
 from rolldiff.denoiser import Guidance
 from rolldiff.grouping import Grouping, Order
@@ -74,9 +73,9 @@ class Editing(Model):
         known = ~(self.layout.tokens(drawn[:1].to(image.dtype))[0] > 0).any(-1)
         count = len(image)
         asked = count, num_groups, overlap, steps, order, step, guidance, seed, 0, True, None
-        with torch.no_grad(), metered(self.backbone) as meter:
+        with torch.no_grad():
             run = begin(self, cond, *asked, Known(self.layout.tokens(image), known))
-            decoded = run.decoded(meter)
+            decoded = run.decoded()
         return Decoded(torch.where(drawn, decoded.image, image), decoded.cost, decoded.overlap)
 
     def regenerate(
@@ -160,7 +159,7 @@ class Editing(Model):
             raise ValueError(f"iterations must be 1 or more, got {iterations}")
         count = len(image)
         asked = count, num_groups, 0.0, steps, order, Euler(), guidance, seed, 0, True, None
-        with torch.no_grad(), metered(self.backbone) as meter:
+        with torch.no_grad():
             back, run = begin(self, cond, *asked), begin(self, cond, *asked)
             tokens = self.layout.tokens(image)[:, run.order]
             noise = back.noise(tokens, iterations=iterations)
@@ -168,4 +167,5 @@ class Editing(Model):
             for group in groups:
                 new = slice(ends[group], ends[group + 1])
                 noise[:, new] = run.x_1[:, new]
-            return replace(run, x_1=noise).decoded(meter)
+            # The meter that counted the way back goes on.
+            return replace(run, x_1=noise, denoiser=back.denoiser).decoded()

@@ -1,10 +1,11 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
 from rolldiff import Euler, Heun, Multistep, RollingSchedule
-from rolldiff.cost import metered, predict
+from rolldiff.cost import predict
 
 
 @pytest.mark.parametrize(("causal", "cache"), [(True, True), (True, False), (False, True)])
@@ -38,16 +39,29 @@ def test_the_formula_is_the_count(make, step, causal, cache):
     agree()
 
 
-def test_the_hook_is_taken_away_again(make):
-    decoder = make()
-    with pytest.raises(RuntimeError), metered(decoder.backbone):
-        raise RuntimeError
-    assert not decoder.backbone._forward_hooks
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_the_meter_sees_what_a_hook_on_the_backbone_sees(make, guidance):
+    decoder, calls, tokens = make(), [], []
 
+    def hook(module, inputs, output):
+        calls.append(module)
+        tokens.append(output.shape[0] * output.shape[1])
 
-def test_only_a_module_can_be_counted():
-    with pytest.raises(Exception, match="backbone"), metered(print):
-        pass
+    decoder.backbone.register_forward_hook(hook)
+    settings = {"num_groups": 4, "steps": 3, "guidance": guidance, "seed": 0}
+    image = torch.rand(1, *decoder.layout.image_shape)
+    mask = torch.zeros(image.shape[2:], dtype=torch.bool)
+    mask[-4:] = True
+
+    def check(cost):
+        assert (cost.nfe, cost.tokens) == (len(calls), sum(tokens))
+        calls.clear(), tokens.clear()
+
+    check(decoder.decode([1], overlap=0.5, step=Heun(), **settings).cost)
+    check(decoder.inpaint(image, mask, [1], **settings | {"num_groups": 2}).cost)
+    check(decoder.variations(image, [2], [1], iterations=2, **settings).cost)
+    *_, last = decoder.stream([1], **settings)
+    assert last.nfe == len(calls) > 12, "previews count too"
 
 
 def test_two_streams_at_once_count_their_own_calls(make):
