@@ -147,7 +147,7 @@ class Decoding:
             here, x_s = x_t[:, lo:hi], image[:, lo:hi]
             for age in range(self.steps - 1, -1, -1):
                 timetable.ages[group] = age
-                s = timetable.level(lo, hi, ahead=1)
+                s = timetable.at(slice(group, group + 1), [age + 1])
                 for _ in range(iterations):
                     with self._autocast():
                         estimate = self._denoise(x_t, timetable, (lo, hi))

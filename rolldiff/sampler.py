@@ -87,12 +87,13 @@ def sample(
             here, x_here = x_t[:, lo:hi], x[:, lo:hi]
         before = timetable.ages[groups]
         after = [age + 1 for age in before]
-        t, s = timetable.level(lo, hi), timetable.level(lo, hi, ahead=1)
+        t, s = timetable.at(groups, before), timetable.at(groups, after)
         # The second call of a step writes into the state.
         moving = here if step.calls == 1 else here.clone()
         last = None
         if step.multistep and row > 0:
-            last = Last(Estimate(x_here, eps[:, lo:hi]), timetable.level(lo, hi, ahead=-1))
+            ago = timetable.at(groups, [max(age - 1, 0) for age in before])
+            last = Last(Estimate(x_here, eps[:, lo:hi]), ago)
         x_s, estimate = step(denoise_span, moving, t, s, last=last, draw=draw_span)
         timetable.ages[groups] = after
         here.copy_(x_s)

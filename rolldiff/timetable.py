@@ -124,18 +124,13 @@ class Timetable:
         """The embedded times of a level; a single row if they are the same."""
         return self._embedding[level.rows]
 
-    def level(self, lo: int, hi: int, *, ahead: int = 0) -> Level:
-        """The level of the tokens `lo … hi - 1`, which are whole groups.
-
-        Args:
-            lo: the first token.
-            hi: one past the last.
-            ahead: rows after this one, if all of them moved.
-        """
+    def level(self, lo: int, hi: int) -> Level:
+        """The level of the tokens `lo … hi - 1`, which are whole groups, as they are now."""
         groups = slice(self._group[lo], self._group[hi])
-        ages = self.ages[groups]
-        if ahead:
-            ages = [min(max(age + ahead, 0), self.steps) for age in ages]
+        return self.at(groups, self.ages[groups])
+
+    def at(self, groups: slice, ages: list[int]) -> Level:
+        """The level of some groups after so many steps each."""
         if ages.count(ages[0]) == len(ages):
             return self._alone[ages[0]]
         key = (*ages, *self._sizes[groups])
