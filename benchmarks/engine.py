@@ -146,6 +146,8 @@ def measure_loop(card: Card, sizes: Sizes, device: torch.device) -> None:
     for steps in (short, long):
         cases[f"ours {steps}"] = lambda steps=steps: model.decode(steps=steps, seed=0)
         cases[f"bare {steps}"] = bare_loop(model, 1, steps)
+        if (theirs := engine_peers.flow_loop(model, steps)) is not None:
+            cases[f"diffusers {steps}"] = theirs
     turns = in_turns(cases, 5 * sizes.turns, device=device)
 
     def a_step(name: str) -> list[float]:
@@ -155,6 +157,9 @@ def measure_loop(card: Card, sizes: Sizes, device: torch.device) -> None:
     ours, bare = a_step("ours"), a_step("bare")
     card.put("loop_overhead_us", [a - b for a, b in zip(ours, bare, strict=True)])
     card.put("bare_loop_us", bare)
+    if f"diffusers {short}" in cases:
+        diffusers = a_step("diffusers")
+        card.put("diffusers_loop_overhead_us", [a - b for a, b in zip(diffusers, bare, strict=True)])
 
 
 def measure_growth(card: Card, sizes: Sizes, device: torch.device) -> None:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from rolldiff import Decoder
+
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -27,6 +29,29 @@ def loops(
                 side, width, depth, heads, num_groups, steps
             )
     return found
+
+
+def flow_loop(model: Decoder, steps: int) -> Callable[[], torch.Tensor] | None:
+    """The network of a decoder under the flow-matching Euler scheduler of diffusers."""
+    if find_spec("diffusers") is None:
+        return None
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    backbone, layout = model.backbone, model.layout
+    order = torch.arange(layout.num_tokens)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    @torch.inference_mode()
+    def loop() -> torch.Tensor:
+        x_t = torch.randn(1, layout.num_tokens, layout.token_dim)
+        scheduler.set_timesteps(steps)
+        time = backbone.embed_time(scheduler.sigmas)
+        context = backbone.prepare(order, torch.zeros_like(order), batch=1)
+        for i, t in enumerate(scheduler.timesteps):
+            x_t = scheduler.step(backbone(x_t, time[i : i + 1], context), t, x_t).prev_sample
+        return x_t
+
+    return loop
 
 
 def _diffusers(
