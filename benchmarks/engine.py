@@ -9,7 +9,8 @@
 Where there is a GPU, its figures are added as `cuda_…`, see `engine_cuda.py`.
 
 Random weights, nothing to download. All of it runs in one process. What is compared takes turns and
-a ratio is the median of the ratios of the turns, so a noisy machine hurts both sides alike.
+a ratio is the median of the ratios of the turns; turns that other work on the machine disturbed are
+taken again, see `engine_turns.py`.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from typing import Any
 import engine_cuda
 import engine_peers
 import torch
-from engine_card import Card, Cases, in_turns, machine, readable
+from engine_card import Card, machine, readable
 from engine_loops import Pointwise, bare_loop, decoder, every_token
+from engine_turns import Cases
 
 from rolldiff import Decoded, Decoder, Patches
 
@@ -73,8 +75,9 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
 
     rows: dict[tuple, dict[str, Any]] = {}
     joint = {"bare": bare_loop(model, batch, steps), "joint": lambda: decode(1)}
-    card.ratio("loop_overhead", in_turns(joint, 4 * sizes.turns, device=device), "joint", "bare")
-    turns = in_turns(
+    turns = card.watch.turns(joint, 4 * sizes.turns, device=device)
+    card.ratio("loop_overhead", turns, "joint", "bare")
+    turns = card.watch.turns(
         {
             "joint": lambda: decode(1),
             "g16": lambda: decode(16),
@@ -97,7 +100,7 @@ def measure_groups(card: Card, sizes: Sizes, device: torch.device) -> None:
         seconds.append(plain.cost.seconds / kept.cost.seconds)
     card.put("max_relative_difference", [max(differences)])
     card.put("g16_uncached_over_cached", seconds[:1])
-    everything = in_turns(
+    everything = card.watch.turns(
         {"all": every_token(model, 16, sizes.batch, sizes.steps), "g16": lambda: decode(16)},
         1,
         device=device,
@@ -127,12 +130,12 @@ def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:
         )
         for num_groups in (1, 4, 16)
     }
-    turns = in_turns(cases, 4 * sizes.turns, device=device)
+    turns = card.watch.turns(cases, 4 * sizes.turns, device=device)
     for name in ("g4", "g16"):
         card.ratio(f"small_{name}_cached_over_joint", turns, name, "g1")
     card.put("small_joint_seconds", turns["g1"])
     found = engine_peers.loops(*shape, steps=steps, device=device)
-    turns = in_turns(found | {"g1": cases["g1"]}, sizes.few, device=device)
+    turns = card.watch.turns(found | {"g1": cases["g1"]}, sizes.few, device=device)
     for name in found:
         card.ratio(f"small_{name}_over_joint", turns, name, "g1")
 
@@ -148,7 +151,7 @@ def measure_loop(card: Card, sizes: Sizes, device: torch.device) -> None:
         cases[f"bare {steps}"] = bare_loop(model, 1, steps)
         if (theirs := engine_peers.flow_loop(model, steps)) is not None:
             cases[f"diffusers {steps}"] = theirs
-    turns = in_turns(cases, 5 * sizes.turns, device=device)
+    turns = card.watch.turns(cases, 5 * sizes.turns, device=device)
 
     def a_step(name: str) -> list[float]:
         pairs = zip(turns[f"{name} {long}"], turns[f"{name} {short}"], strict=True)
@@ -158,8 +161,8 @@ def measure_loop(card: Card, sizes: Sizes, device: torch.device) -> None:
     card.put("loop_overhead_us", [a - b for a, b in zip(ours, bare, strict=True)])
     card.put("bare_loop_us", bare)
     if f"diffusers {short}" in cases:
-        diffusers = a_step("diffusers")
-        card.put("diffusers_loop_overhead_us", [a - b for a, b in zip(diffusers, bare, strict=True)])
+        pairs = zip(a_step("diffusers"), bare, strict=True)
+        card.put("diffusers_loop_overhead_us", [a - b for a, b in pairs])
 
 
 def measure_growth(card: Card, sizes: Sizes, device: torch.device) -> None:
@@ -173,7 +176,7 @@ def measure_growth(card: Card, sizes: Sizes, device: torch.device) -> None:
                     num_groups=num_groups, steps=sizes.steps, seed=0
                 )
             )
-    turns = in_turns(cases, sizes.few, device=device)
+    turns = card.watch.turns(cases, sizes.few, device=device)
     tokens = [model.layout.num_tokens for model in models]
 
     def exponents(num_groups: int) -> list[float]:
@@ -202,6 +205,7 @@ def measure(devices: Sequence[str], *, quick: bool = False) -> dict[str, Any]:
     return {
         **card.figures,
         "spread": card.spread,
+        "turns": {"again": card.watch.again, "disturbed": card.watch.disturbed},
         "table": card.table,
         **sizes,
         "machine": machine(devices, cores),

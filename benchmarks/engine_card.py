@@ -1,16 +1,16 @@
-"""What the card of the engine must reach, how it takes times, and how it prints them."""
+"""What the card of the engine must reach, and how it is printed."""
 
 import math
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_turns import Stopwatch, Turns
 
 # What each figure must reach on two CPU cores, and `cuda_…` on a GPU: at least, at most.
 REACH = {
@@ -31,17 +31,15 @@ REACH = {
     "cuda_training_utilisation": (0.45, math.inf),
 }
 
-Turns = dict[str, list[float]]
-Cases = dict[str, Callable[[], object]]
-
 
 @dataclass
 class Card:
-    """Each figure with its range over the turns, and the table of the README."""
+    """Each figure with its range over the turns, the table of the README, and the watch."""
 
     figures: dict[str, float] = field(default_factory=dict)
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def put(self, key: str, values: Sequence[float]) -> None:
         self.figures[key] = statistics.median(values)
@@ -50,25 +48,6 @@ class Card:
     def ratio(self, key: str, turns: Turns, over: str, under: str) -> None:
         pairs = zip(turns[over], turns[under], strict=True)
         self.put(key, [a / b for a, b in pairs])
-
-
-def in_turns(cases: Cases, turns: int, *, device: torch.device) -> Turns:
-    """Seconds of each case, `turns` times, one after another; a first time is not counted."""
-    seconds: Turns = {name: [] for name in cases}
-    for turn in range(turns + 1):
-        for name, case in cases.items():
-            start = now(device)
-            case()
-            if turn:
-                seconds[name].append(now(device) - start)
-    return seconds
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def machine(devices: Sequence[str], cores: int) -> dict[str, Any]:
@@ -103,7 +82,9 @@ def readable(card: dict[str, Any]) -> str:
     machine = card["machine"]
     threads = ", ".join(f"{count} for {what}" for what, count in machine["threads"].items())
     head = f"{machine['device']}, torch {machine['torch']}"
-    lines = [f"{head}, threads: {threads}" if threads else head, ""]
+    again, disturbed = card["turns"]["again"], card["turns"]["disturbed"]
+    lines = [f"{head}, threads: {threads}" if threads else head]
+    lines += [f"disturbed turns: {again} taken again, {disturbed} kept", ""]
     for key, (low, high) in card["spread"].items():
         wanted = ""
         if key in REACH:

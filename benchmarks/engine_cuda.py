@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from engine_card import Card, Cases, in_turns, now
+from engine_card import Card
 from engine_loops import bare_loop
+from engine_turns import Cases, now
 from torch import Tensor, nn
 
 from rolldiff import Decoded, Decoder, Training
@@ -164,7 +165,7 @@ def measure_decodes(card: Card, model: Decoder, sizes: Sizes, batch: int, rate: 
 
     cases: Cases = {case: lambda case=case: measured(case) for case in CASES}
     cases["bare"] = bare_loop(model, batch, sizes.steps)
-    turns = in_turns(cases, sizes.turns, device=model.device)
+    turns = card.watch.turns(cases, sizes.turns, device=model.device)
     key = f"cuda_b{batch}_"
     card.ratio(f"{key}loop_overhead", turns, "joint", "bare")
     for case in ("g16", "overlap_half", "g64"):
@@ -200,7 +201,7 @@ def measure_training(card: Card, model: Decoder, sizes: Sizes, rate: float) -> N
             optimizer.step()
             optimizer.zero_grad()
 
-    turns = in_turns({"train": train}, sizes.turns, device=device)
+    turns = card.watch.turns({"train": train}, sizes.turns, device=device)
     seconds = [s / sizes.training_steps for s in turns["train"]]
     tokens = batch * num_tokens
     needed = 3 * flops(model.backbone, tokens, seen=num_tokens, times=tokens)

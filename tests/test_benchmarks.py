@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import engine  # noqa: E402
 import engine_card  # noqa: E402
 import engine_cuda  # noqa: E402
+import engine_turns  # noqa: E402
 
 CARD = json.loads((ROOT / "benchmarks/results/engine-cpu.json").read_text(encoding="utf-8"))
 REACH = {key for key in engine_card.REACH if not key.startswith("cuda_")}
@@ -34,6 +35,26 @@ def test_the_card_of_the_engine_is_complete():
 def test_the_readme_holds_the_table_of_the_card():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert engine_card.markdown(CARD) in readme
+
+
+@pytest.mark.parametrize(("slow", "again", "disturbed"), [(1, 1, 0), (4, 4, 0), (99, 6, 3)])
+def test_disturbed_turns_are_taken_again(monkeypatch, slow, again, disturbed):
+    turn = 0
+
+    def case():
+        nonlocal turn
+        turn += 1
+
+    def seconds():
+        return 2.0 if 1 <= turn <= slow else 1.0
+
+    monkeypatch.setattr(engine_turns, "loop_seconds", seconds)
+    monkeypatch.setattr(engine_turns, "now", lambda device: float(turn))
+    watch = engine_turns.Stopwatch()
+    watch._fastest = 1.0
+    turns = watch.turns({"case": case}, 3, device=CPU)
+    assert len(turns["case"]) == 3
+    assert (watch.again, watch.disturbed) == (again, disturbed)
 
 
 @pytest.mark.slow
