@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, Grouping, Patches, Transformer
-from rolldiff.nn.blocks import FEW, gelu
+from rolldiff.nn.blocks import FEW, LINE, apart, gelu
 
 
 def network(patch=1, **arguments):
@@ -122,6 +122,27 @@ def test_labels_and_times_matter():
 def test_bad_sizes(arguments):
     with pytest.raises(ValueError, match="width"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
+
+
+def test_rows_a_page_long_are_moved_apart():
+    weight = torch.randn(8, 1024)
+    copy = apart(weight)
+    assert torch.equal(copy, weight)
+    assert copy.stride(0) * 4 == 4096 + LINE
+    assert apart(weight[:, :768].contiguous()) is None
+
+
+def test_a_decode_with_rows_apart_is_the_same(make):
+    decoder = make(width=256, depth=1, heads=4)
+    context = decoder.backbone.prepare(
+        torch.arange(16), Grouping(16, 4).group, batch=1, dtype=torch.float32
+    )
+    assert context.up[0] is not None
+    kept, plain = (
+        decoder.decode([1], num_groups=4, steps=3, seed=0, cache=cache).image
+        for cache in (True, False)
+    )
+    torch.testing.assert_close(kept, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("rows", [1, 3, FEW // 8, FEW // 8 + 1])

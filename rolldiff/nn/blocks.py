@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Block", "Cross", "Kept", "Memory", "norm"]
+__all__ = ["Block", "Cross", "Kept", "Memory", "apart", "norm"]
 
 # Up to so many numbers torch's own gelu on a CPU is done before oneDNN's has started.
 FEW = 2**14
+
+# Bytes of a page, and of the line that a cache reads at once.
+PAGE, LINE = 4096, 64
 
 Memory = tuple[Tensor, Tensor]  # keys and values of a layer, each [B, heads, N, size]
 
@@ -65,7 +68,9 @@ class Block(nn.Module):
         memory: tuple[Kept, Kept] | None = None,
         sequence: Memory | None = None,
         hidden: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> Tensor:
+        """`up` takes the place of that weight, see `apart`."""
         scale_1, gate_1, scale_2, gate_2 = (modulation + self.table).unbind(-2)
         batch, n, width = h.shape
         rows = (norm(h) * scale_1).view(-1, width)
@@ -85,7 +90,7 @@ class Block(nn.Module):
         if self.cross is not None and sequence is not None:
             h = h + self.cross(h, sequence, hidden)
         rows = (norm(h) * scale_2).view(-1, width)
-        rows = self.down.forward(gelu(self.up.forward(rows)))
+        rows = self.down.forward(gelu(self.up.forward(rows, up)))
         return torch.addcmul(h, gate_2, rows.view(h.shape))
 
 
@@ -132,10 +137,24 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-edge, edge))
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-edge, edge)) if bias else None
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
         if self.bias is None:
-            return rows @ self.weight
-        return torch.addmm(self.bias, rows, self.weight)
+            return rows @ weight
+        return torch.addmm(self.bias, rows, weight)
+
+
+def apart(weight: Tensor) -> Tensor | None:
+    """A copy with a cache line between its rows, if they are whole pages long; for a CPU.
+
+    All of a column of such a matrix falls into the same few places of a cache and pushes itself
+    out. Products with few rows, which mostly read the matrix, feel it.
+    """
+    if not weight.is_cpu or weight.ndim != 2 or weight.stride(0) * weight.itemsize % PAGE:
+        return None
+    rows, length = weight.shape
+    copy = weight.new_empty(rows, length + LINE // weight.itemsize)[:, :length]
+    return copy.copy_(weight)
 
 
 def norm(h: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Context:
     hidden: Float[Tensor, "C 1 N L"] | None = None
     bias: Float[Tensor, "B 1 N N"] | None = None  # of groups that differ between examples
     memory: list[Memory] | None = None
+    up: list[Tensor | None] | None = None  # the blocks' weights as few rows like them
     cached: int | None = None
     groups: list[int] = field(default_factory=list)
     start: Int[Tensor, ""] | None = None  # of the span, where shapes are to stay the same

@@ -3,7 +3,8 @@
 Token of group g sees the tokens of groups <= g, each at its own noise level. A finished group never
 changes again, so its keys and values, once written while it was clean, are final: caching is exact.
 The cache is two tensors `[B, heads, N, width / heads]` a layer, `2 depth N width` numbers an
-example, allocated once; a single group needs none.
+example, allocated once; a single group needs none. On a CPU there are copies of some weights beside
+it, see `blocks.apart`.
 
 The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
 and a small table for each. Places are a learned table and two-dimensional rotary angles (Su et al.
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rolldiff.conditioning import Conditions
 from rolldiff.conditions import Condition, Given
 from rolldiff.layout import Layout
-from rolldiff.nn.blocks import Block, Cross, Memory, norm
+from rolldiff.nn.blocks import Block, Cross, Memory, apart, norm
 from rolldiff.nn.context import Context
 from rolldiff.nn.embeddings import Embeddings
 from rolldiff.nn.places import causal_bias, in_order, rotation
@@ -133,6 +134,8 @@ class Transformer(nn.Module):
                     return torch.zeros(shape, device=order.device, dtype=dtype)
 
                 context.memory = [(buffer(), buffer()) for _ in self.blocks]
+                if dtype == self.place.dtype and not self._fixed_shapes:
+                    context.up = [apart(block.get_parameter("up.weight")) for block in self.blocks]
         return context
 
     def arrive(self, context: Context, cond: dict[str, Given]) -> None:
@@ -210,8 +213,9 @@ class Transformer(nn.Module):
         added, scale, inner = (time + modulation).split((width, width, 4 * width), dim=-1)
         h, inner = h + added, inner.view(*inner.shape[:-1], 4, width)
         sequence: Sequence[Memory | None] = context.sequence or [None] * len(self.blocks)
-        for block, memory, kept in zip(self.blocks, here.memory, sequence, strict=True):
-            seen = (h, inner, here.cos, here.sin, here.bias, memory, kept, here.hidden)
+        ups = context.up or [None] * len(self.blocks)
+        for block, memory, kept, up in zip(self.blocks, here.memory, sequence, ups, strict=True):
+            seen = (h, inner, here.cos, here.sin, here.bias, memory, kept, here.hidden, up)
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, *seen, use_reentrant=False)
             else:
