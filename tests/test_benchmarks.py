@@ -39,21 +39,22 @@ def test_the_readme_holds_the_table_of_the_card():
 
 @pytest.mark.parametrize(("slow", "again", "disturbed"), [(1, 1, 0), (4, 4, 0), (99, 6, 3)])
 def test_disturbed_turns_are_taken_again(monkeypatch, slow, again, disturbed):
-    turn = 0
-
-    def case():
-        nonlocal turn
-        turn += 1
+    turn, clock = 0, 0.0
 
     def seconds():
         return 2.0 if 1 <= turn <= slow else 1.0
 
+    def case():
+        nonlocal turn, clock
+        clock += seconds()
+        turn += 1
+
     monkeypatch.setattr(engine_turns, "loop_seconds", seconds)
-    monkeypatch.setattr(engine_turns, "now", lambda device: float(turn))
+    monkeypatch.setattr(engine_turns, "now", lambda device: clock)
     watch = engine_turns.Stopwatch()
     watch._fastest = 1.0
     turns = watch.turns({"case": case}, 3, device=CPU)
-    assert len(turns["case"]) == 3
+    assert turns["case"] == [2.0 if disturbed else 1.0] * 3
     assert (watch.again, watch.disturbed) == (again, disturbed)
 
 

@@ -40,8 +40,11 @@ def test_levels_are_those_of_the_scheduling_matrix(num_groups, overlap, steps, d
         torch.testing.assert_close(found.expand_as(number), number)
     time = times.embedded(level)
     torch.testing.assert_close(time.expand(len(t), 2), torch.cat([t, t**2], -1))
+    groups = slice(first, last)
+    before = [max(age - 1, 0) for age in times.ages[groups]]
+    behind = times.at(groups, before).t.expand_as(t)
+    torch.testing.assert_close(behind, (t + 1 / steps).clamp(max=1))
     if row < times.rows:
-        groups = slice(first, last)
         after = [min(age + 1, steps) for age in times.ages[groups]]
         ahead = times.at(groups, after).t.expand_as(t)
         torch.testing.assert_close(ahead, (t - 1 / steps).clamp(min=0))
