@@ -19,8 +19,7 @@ def loops(
 ) -> dict[str, Callable[[], object]]:
     """One decode of one image by each library at hand, with random weights."""
     found: dict[str, Callable[[], object]] = {}
-    if find_spec("torchvision") is not None:
-        _complete_torchvision()
+    _complete_torchvision()
     if find_spec("diffusers") is not None:
         found["diffusers_joint"] = _diffusers(side, width, depth, heads, steps, device)
     if find_spec("spatialreasoners") is not None and device.type == "cpu":
@@ -35,6 +34,7 @@ def flow_loop(model: Decoder, steps: int) -> Callable[[], torch.Tensor] | None:
     """The network of a decoder under the flow-matching Euler scheduler of diffusers."""
     if find_spec("diffusers") is None:
         return None
+    _complete_torchvision()
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     backbone, layout = model.backbone, model.layout
@@ -145,6 +145,8 @@ def _complete_torchvision() -> None:
     Beside a CPU build of torch the usual torchvision lacks its compiled operators, and its later
     versions lack `io.write_video`, which spatialreasoners asks for: both by imports only.
     """
+    if find_spec("torchvision") is None:
+        return
     if not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
