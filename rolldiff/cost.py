@@ -56,9 +56,8 @@ class Meter:
 
     def count(self, x_t: Tensor, y: Tensor) -> None:
         """A call; the batch of its output over that of its input is the number of branches."""
-        batch, num_tokens, _ = y.shape
         self.nfe += 1
-        self.tokens += num_tokens * batch // len(x_t)
+        self.tokens += x_t.shape[1] * len(y) // len(x_t)
 
     def seconds(self) -> float:
         """Since the start; on CUDA, once all that was asked for is done."""

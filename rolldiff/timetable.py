@@ -6,7 +6,7 @@ of the prediction, and the backbone's embedding of the time. The *level* of a sp
 of that table; `ages` keeps the steps that each group has made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,18 +31,12 @@ class Level(NamedTuple):
     Fields are `[n, 1]`, to go with `[B, n, D]`; or `[1, 1]` where all have the same time.
     """
 
-    rows: slice | Tensor  # where in the table this comes from
+    rows: int | Tensor  # where in the table this comes from
     t: Float[Tensor, "n 1"]
     alpha: Float[Tensor, "n 1"]
     sigma: Float[Tensor, "n 1"]
     rates: Float[Tensor, "2 n 1"]  # alpha' and sigma'
-    from_x_t: Float[Tensor, "2 1 n 1"]
-    from_y: Float[Tensor, "2 1 n 1"]
-
-    @property
-    def inverse(self) -> Inverse:
-        """The inverse of the prediction."""
-        return Inverse(self.from_x_t, self.from_y)
+    inverse: Inverse  # of the prediction, each part [2, 1, n, 1]
 
 
 class Timetable:
@@ -87,9 +81,8 @@ class Timetable:
         levels = t, noise.alpha(t), noise.sigma(t), torch.stack(noise.rates(t))
         solution = inverse(prediction, noise, t[None, :, None])
         self._fields = [field.to(like) for field in (*(c[..., None] for c in levels), *solution)]
-        # Rows as `split(1, -2)` gives them; `unbind` takes half the time.
-        alone = zip(*(field.unsqueeze(-2).unbind(-3) for field in self._fields), strict=True)
-        self._alone = [Level(slice(a, a + 1), *fields) for a, fields in enumerate(alone)]
+        self._times, *rows = (_rows(part) for part in (self._embedding, *self._fields))
+        self._alone = [_level(a, fields) for a, fields in enumerate(zip(*rows, strict=True))]
         self._levels: dict[tuple[int, ...], Level] = {}
 
     def moving(self, row: int) -> slice:
@@ -122,7 +115,8 @@ class Timetable:
 
     def embedded(self, level: Level) -> Float[Tensor, "n E"]:
         """The embedded times of a level; a single row if they are the same."""
-        return self._embedding[level.rows]
+        rows = level.rows
+        return self._times[rows] if isinstance(rows, int) else self._embedding[rows]
 
     def level(self, lo: int, hi: int) -> Level:
         """The level of the tokens `lo … hi - 1`, which are whole groups, as they are now."""
@@ -140,6 +134,16 @@ class Timetable:
             rows = torch.tensor(ages).repeat_interleave(sizes).to(self._embedding.device)
             if len(self._levels) == KEPT:
                 self._levels.clear()
-            level = Level(rows, *(field[..., rows, :] for field in self._fields))
+            level = _level(rows, [field[..., rows, :] for field in self._fields])
             self._levels[key] = level
         return level
+
+
+def _rows(field: Tensor) -> Sequence[Tensor]:
+    """As `split(1, -2)` gives them; `unbind` takes half the time."""
+    return field.unsqueeze(-2).unbind(-3)
+
+
+def _level(rows: int | Tensor, fields: Sequence[Tensor]) -> Level:
+    t, alpha, sigma, rates, *solution = fields
+    return Level(rows, t, alpha, sigma, rates, Inverse(*solution))
