@@ -26,7 +26,7 @@ import engine_cuda
 import engine_peers
 import torch
 from engine_card import Card, machine, readable
-from engine_loops import Pointwise, bare_loop, decoder, every_token
+from engine_loops import Pointwise, bare_loop, decoder, every_token, products
 from engine_turns import Cases
 
 from rolldiff import Decoded, Decoder, Patches
@@ -130,9 +130,11 @@ def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:
         )
         for num_groups in (1, 4, 16)
     }
-    turns = card.watch.turns(cases, 4 * sizes.turns, device=device)
+    alone: Cases = {f"{name} alone": products(model, int(name[1:]), steps) for name in cases}
+    turns = card.watch.turns(cases | alone, 4 * sizes.turns, device=device)
     for name in ("g4", "g16"):
         card.ratio(f"small_{name}_cached_over_joint", turns, name, "g1")
+        card.ratio(f"small_{name}_products_over_joint", turns, f"{name} alone", "g1 alone")
     card.put("small_joint_seconds", turns["g1"])
     found = engine_peers.loops(*shape, steps=steps, device=device)
     turns = card.watch.turns(found | {"g1": cases["g1"]}, sizes.few, device=device)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import engine  # noqa: E402
 import engine_card  # noqa: E402
 import engine_cuda  # noqa: E402
+import engine_loops  # noqa: E402
 import engine_turns  # noqa: E402
 
 CARD = json.loads((ROOT / "benchmarks/results/engine-cpu.json").read_text(encoding="utf-8"))
@@ -140,6 +141,16 @@ def test_the_operations_of_a_decode_are_those_counted(case, num_groups):
     )
     # A group that is written to the cache sees the one after it too, in vain.
     assert counted(decode) == (needed if num_groups == 1 else pytest.approx(needed, rel=0.02))
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_the_products_alone_are_those_of_the_decode(num_groups):
+    model, steps = engine_loops.decoder(8, 256, 1, 2, CPU), 3  # as wide as `apart` acts on
+    tokens = model.decode(num_groups=num_groups, steps=steps, seed=0).cost.tokens
+    matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
+    of_tables = sum(block.table.numel() for block in model.backbone.blocks)
+    needed = 2 * tokens * (matrices - of_tables)
+    assert counted(engine_loops.products(model, num_groups, steps)) == needed
 
 
 def test_the_operations_of_training_are_those_counted():
