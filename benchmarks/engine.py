@@ -124,13 +124,14 @@ def measure_small(card: Card, sizes: Sizes, device: torch.device) -> None:
     """Batch 1, where a call costs more than its tokens; and the peers beside it."""
     shape = (sizes.small_side, sizes.small_width, sizes.depth, sizes.small_heads)
     model, steps = decoder(*shape, device), sizes.small_steps
+    groups = {f"g{count}": count for count in (1, 4, 16)}
     cases: Cases = {
-        f"g{num_groups}": (
-            lambda num_groups=num_groups: model.decode(num_groups=num_groups, steps=steps, seed=0)
-        )
-        for num_groups in (1, 4, 16)
+        name: lambda count=count: model.decode(num_groups=count, steps=steps, seed=0)
+        for name, count in groups.items()
     }
-    alone: Cases = {f"{name} alone": products(model, int(name[1:]), steps) for name in cases}
+    alone: Cases = {
+        f"{name} alone": products(model, count, steps) for name, count in groups.items()
+    }
     turns = card.watch.turns(cases | alone, 4 * sizes.turns, device=device)
     for name in ("g4", "g16"):
         card.ratio(f"small_{name}_cached_over_joint", turns, name, "g1")

@@ -60,13 +60,15 @@ def products(model: Decoder, num_groups: int, steps: int) -> Callable[[], None]:
 
     No decode that makes these calls is faster, whatever else it leaves out.
     """
-    size, weights = model.layout.num_tokens // num_groups, []
+    calls: list[int] = []  # the tokens that each shows
+    hook = model.backbone.register_forward_pre_hook(lambda _, x: calls.append(x[0].shape[1]))
+    model.decode(num_groups=num_groups, steps=steps, seed=0)
+    hook.remove()
+    weights = []
     for block in model.backbone.blocks:
         up = apart(block.up.weight) if num_groups > 1 else None
         weights += [block.qkv.weight, block.out.weight, block.up.weight if up is None else up]
         weights.append(block.down.weight)
-    # The first call of a group writes the one before it to the cache.
-    calls = [size] * steps + ([2 * size] + [size] * (steps - 1)) * (num_groups - 1)
     rows = {(n, len(w)): torch.randn(n, len(w)) for n in set(calls) for w in weights}
 
     @torch.inference_mode()
