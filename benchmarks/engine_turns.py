@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-# A turn is disturbed if the loop took so many times as long as the fastest one so far. A busy
-# neighbour on the same core makes it 1.6 to 1.9 times; without one it stays within 1.2.
+# A turn is disturbed if the loop took so many times as long as the fastest one so far: more than a
+# quiet machine varies by, less than a busy neighbour on the same core costs.
 DISTURBED = 1.3
 # Not more than so many times the turns that are asked for.
 MOST = 3
