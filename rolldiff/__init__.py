@@ -1,38 +1,41 @@
 """Grouped and rolling diffusion decoding with a tunable group count."""
 
-from rolldiff.conditions import ClassLabels, LowResolution, TokenGrid, TokenSequence
-from rolldiff.cost import Cost
-from rolldiff.decoder import Decoded, Decoder, Frame
-from rolldiff.denoiser import Guidance
-from rolldiff.grouping import Grouping
-from rolldiff.layout import Patches
-from rolldiff.nn import Transformer
-from rolldiff.noise import Cosine, Rectified
-from rolldiff.schedule import RollingSchedule
-from rolldiff.step import Ancestral, Euler, Heun, Multistep
-from rolldiff.training import Training
+from rolldiff.conditioning import ClassLabels, TokenGrid, TokenSequence
+from rolldiff.decoder import Cost, DecodeConfig, DecodeOutput, Decoder, Frame
+from rolldiff.diffusion import timesteps
+from rolldiff.diffusion.layout import Patches
+from rolldiff.diffusion.process import Cosine, Rectified
+from rolldiff.diffusion.sampler import DDIM, AdamsBashforth2, Euler, Heun, Midpoint
+from rolldiff.diffusion.schedule import GroupSchedule
+from rolldiff.diffusion.timesteps import TrainingDistribution
+from rolldiff.nn.denoiser import Guidance
+from rolldiff.nn.transformer import Transformer
 
 __all__ = [
-    "Ancestral",
+    "DDIM",
+    "AdamsBashforth2",
     "ClassLabels",
     "Cosine",
     "Cost",
-    "Decoded",
+    "DecodeConfig",
+    "DecodeOutput",
     "Decoder",
     "Euler",
     "Frame",
-    "Grouping",
+    "GroupSchedule",
     "Guidance",
     "Heun",
-    "LowResolution",
-    "Multistep",
+    "Midpoint",
     "Patches",
     "Rectified",
-    "RollingSchedule",
     "TokenGrid",
     "TokenSequence",
     "Training",
+    "TrainingDistribution",
     "Transformer",
+    "timesteps",
 ]
 
 __version__ = "0.1.0"
+
+Training = TrainingDistribution

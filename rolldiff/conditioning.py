@@ -1,22 +1,448 @@
-"""All that a decoder is conditioned on: no condition, one, or several by name."""
+"""Conditions: labels, grids and sequences of tokens, and what a network is shown of them.
 
-from collections.abc import Mapping
+A condition is one class. It validates what a user passes (`validate`), defines the null condition
+(`null`), and makes the module that embeds it (`embedder`). Labels add to the modulation, a grid adds
+a vector to each image token that lies on it, and a sequence provides keys and values for
+cross-attention.
+
+A validated condition is a value with a mask. Where the mask is False the network sees the null
+embedding: because nothing was passed, because training dropped the condition for the sake of
+guidance, or because that part of a streamed condition has not arrived yet. Values keep their
+gradient, so that an encoder trains through them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from rolldiff.conditions import ClassLabels, Condition, Given
+from rolldiff.diffusion.layout import Layout
+from rolldiff.errors import UsageError
 
-__all__ = ["Conditions", "joined"]
+__all__ = [
+    "ClassLabels",
+    "Condition",
+    "Conditioning",
+    "ConditionEmbedder",
+    "Embedded",
+    "Embedder",
+    "Masked",
+    "StreamedConditions",
+    "TokenGrid",
+    "TokenSequence",
+    "concat",
+]
+
+
+class Masked(NamedTuple):
+    """A validated condition.
+
+    Attributes:
+        value: `[B, *S]` indices or `[B, *S, C]` numbers, where `S` is the condition's shape.
+        mask: `[B, *S]`, False where the value is replaced by null.
+    """
+
+    value: Tensor
+    mask: Bool[Tensor, "B *S"]
+
+
+class Embedded(NamedTuple):
+    """Conditions as the network sees them, image tokens in raster order.
+
+    Attributes:
+        modulation: what labels add to the modulation; 0 without labels.
+        tokens: what grids add to each image token; None without grids.
+        sequence: all sequences, concatenated; None without sequences.
+        cross_attn_mask: 0 where an image token may attend to the sequence, minus infinity elsewhere.
+    """
+
+    modulation: Float[Tensor, "C mods"] | Float[Tensor, ""]
+    tokens: Float[Tensor, "C N width"] | None = None
+    sequence: Float[Tensor, "C L width"] | None = None
+    cross_attn_mask: Float[Tensor, "C N L"] | None = None
+
+
+class Embedder(nn.Module, ABC):
+    """Embeds one condition."""
+
+    @abstractmethod
+    def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
+        """Add this condition to what the conditions before it gave."""
+
+    def required_prefix(self) -> Int[Tensor, " N"] | None:
+        """How many tokens of the condition, in raster order, each image token depends on.
+
+        None for a condition that cannot be streamed.
+        """
+        return None
+
+
+class Condition(ABC):
+    """The specification of a condition."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """`S`: (), (height, width) or (length,)."""
+
+    @abstractmethod
+    def validate(self, value: Any, batch: int, device: torch.device, *, name: str) -> Masked:
+        """What a user passed, for `batch` examples.
+
+        Raises:
+            UsageError: if its shape, type or range is wrong.
+        """
+
+    @abstractmethod
+    def null(self, batch: int, device: torch.device) -> Masked:
+        """The condition that carries no information."""
+
+    @abstractmethod
+    def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
+        """The module that embeds it.
+
+        Args:
+            layout: of the image.
+            width: channels of the network.
+            modulation: channels of the modulation.
+
+        Raises:
+            UsageError: if the condition does not fit the layout.
+        """
+
+    def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
+        """Some tokens of a streamed condition, `[B, k]` or `[B, k, C]`.
+
+        Raises:
+            UsageError: if the condition cannot be streamed, or the piece has the wrong shape, type
+                or range.
+        """
+        raise UsageError(
+            f"{name} must be passed at once, because it is not a grid or a sequence of tokens; got "
+            "an iterator"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Class labels
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """No condition, one, or several by name.
+class ClassLabels(Condition):
+    """Labels in 0 … `num_classes - 1`, `[B]`, or one number for all."""
 
-    One condition is given as it is, several as a dictionary with any of the names.
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise UsageError(f"num_classes must be 0 or more, got {self.num_classes}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def validate(
+        self,
+        value: Tensor | Sequence[int] | int,
+        batch: int,
+        device: torch.device,
+        *,
+        name: str = "cond",
+    ) -> Masked:
+        label = _indices(torch.as_tensor(value, device=device), self.num_classes, name)
+        return _present(label.expand(batch) if label.ndim == 0 else label, (batch,), name=name)
+
+    def null(self, batch: int, device: torch.device) -> Masked:
+        return _absent((batch,), 0, device)
+
+    def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
+        return LabelEmbedder(self.num_classes, modulation)
+
+
+class LabelEmbedder(Embedder):
+    """A vector per label and one for null, added to the modulation."""
+
+    def __init__(self, num_classes: int, modulation: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes + 1, modulation)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
+        label = cond.value.where(cond.mask, self.embedding.num_embeddings - 1)
+        return embedded._replace(modulation=embedded.modulation + self.embedding(label))
+
+
+# ---------------------------------------------------------------------------------------------
+# Token grids
+
+
+@dataclass(frozen=True)
+class TokenGrid(Condition):
+    """A grid of visual tokens, latents or pixels aligned with the image.
+
+    It is passed as `[B, h, w]` indices or `[B, h, w, C]` numbers; a low-resolution image
+    `[B, C, h, w]` is passed as `image.movedim(1, -1)`. An image token depends only on the cells
+    under it. A group therefore needs the cells down to its own lowest row and no others, and can be
+    decoded before the rest of the grid is known.
+
+    Args:
+        height: `h`, a multiple or a divisor of the image's height in tokens.
+        width: `w`, likewise.
+        codebook_size: number of indices, for discrete tokens; 0 for numbers.
+        channels: `C`, for numbers; 0 for discrete tokens.
+
+    Raises:
+        UsageError: if a size is below 1, or not exactly one of the last two is above 0.
+    """
+
+    height: int
+    width: int
+    codebook_size: int = 0
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        _check_kind(self.codebook_size, self.channels)
+        if min(self.height, self.width) < 1:
+            raise UsageError(f"height and width must be 1 or more, got {self.height, self.width}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.height, self.width)
+
+    def validate(
+        self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
+    ) -> Masked:
+        tokens = _tokens(torch.as_tensor(value, device=device), self.codebook_size, name)
+        return _present(tokens, (batch, *self.shape), channels=self.channels, name=name)
+
+    def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
+        return _piece(self, piece, batch, device=device, name=name)
+
+    def null(self, batch: int, device: torch.device) -> Masked:
+        return _absent((batch, *self.shape), self.channels, device)
+
+    def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
+        return GridEmbedder(self, layout, width)
+
+
+class GridEmbedder(Embedder):
+    """For each image token, a vector of the cells under it."""
+
+    index: Tensor
+
+    def __init__(self, grid: TokenGrid, layout: Layout, width: int) -> None:
+        super().__init__()
+        row, column = layout.coords[:, 1].long(), layout.coords[:, 2].long()
+        rows = _cells_under(grid.height, row, "height")
+        columns = _cells_under(grid.width, column, "width")
+        # [N, cells per token]: all cells of the token's rows and columns.
+        index = (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
+        self.register_buffer("index", index, persistent=False)
+        self.tokens = _TokenEmbedding(grid.codebook_size, grid.channels, width)
+        self.join = nn.Linear(index.shape[1] * width, width) if index.shape[1] > 1 else None
+
+    def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
+        h = self.tokens(cond).flatten(1, 2)[:, self.index]  # [C, N, cells, width]
+        h = h.squeeze(2) if self.join is None else self.join(h.flatten(2))
+        return embedded._replace(tokens=h if embedded.tokens is None else embedded.tokens + h)
+
+    def required_prefix(self) -> Int[Tensor, " N"]:
+        return self.index.amax(1) + 1
+
+
+def _cells_under(size: int, place: Int[Tensor, " N"], name: str) -> Int[Tensor, "N cells"]:
+    """The rows (or columns) of a grid under each image token."""
+    num_tokens = int(place.max()) + 1
+    if num_tokens % size and size % num_tokens:
+        raise UsageError(
+            f"{name} of a grid must be a divisor or a multiple of the image's in tokens "
+            f"({num_tokens}), got {size}"
+        )
+    return (place * size // num_tokens)[:, None] + torch.arange(max(1, size // num_tokens))
+
+
+# ---------------------------------------------------------------------------------------------
+# Token sequences
+
+
+@dataclass(frozen=True)
+class TokenSequence(Condition):
+    """A sequence that image tokens attend to, `[B, L]` indices or `[B, L, C]` numbers.
+
+    Text embeddings, or one-dimensional visual tokens. A sequence may be shorter than `length`.
+
+    Args:
+        length: `L`, the largest number of tokens.
+        codebook_size: number of indices, for discrete tokens; 0 for numbers.
+        channels: `C`, for numbers; 0 for discrete tokens.
+        ahead: None lets every image token attend to the whole sequence. A number lets a token in
+            row `r` of `H` rows attend to the first `length (r + 1 + ahead) / H` tokens, rounded up,
+            in training and in decoding, so that a group can be decoded before the sequence ends.
+
+    Raises:
+        UsageError: if a size is out of range.
+    """
+
+    length: int
+    codebook_size: int = 0
+    channels: int = 0
+    ahead: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind(self.codebook_size, self.channels)
+        if self.length < 1 or (self.ahead is not None and self.ahead < 0):
+            raise UsageError(
+                f"length must be 1 or more and ahead 0 or more, got {self.length} and {self.ahead}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    def validate(
+        self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
+    ) -> Masked:
+        tokens = _tokens(torch.as_tensor(value, device=device), self.codebook_size, name)
+        length = tokens.shape[1] if tokens.ndim > 1 else 0
+        if not 1 <= length <= self.length:
+            expected = (batch, f"1 … {self.length}", *_trailing(self.channels))
+            raise UsageError(f"{name} must have shape {expected}, got {tuple(tokens.shape)}")
+        _present(tokens, (batch, length), channels=self.channels, name=name)
+        padding = tokens.new_zeros(batch, self.length - length, *_trailing(self.channels))
+        mask = torch.arange(self.length, device=device) < length
+        return Masked(torch.cat([tokens, padding], dim=1), mask.expand(batch, -1))
+
+    def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
+        return _piece(self, piece, batch, device=device, name=name)
+
+    def null(self, batch: int, device: torch.device) -> Masked:
+        return _absent((batch, self.length), self.channels, device)
+
+    def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
+        return SequenceEmbedder(self, layout, width)
+
+
+class SequenceEmbedder(Embedder):
+    """A sequence with learned positions, and the mask of what each image token attends to."""
+
+    prefix: Tensor
+
+    def __init__(self, sequence: TokenSequence, layout: Layout, width: int) -> None:
+        super().__init__()
+        length = sequence.length
+        self.tokens = _TokenEmbedding(sequence.codebook_size, sequence.channels, width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(length, width))
+        row = layout.coords[:, 1].long()
+        prefix = torch.full_like(row, length)
+        if sequence.ahead is not None:
+            rows = int(row.max()) + 1
+            prefix = (-(-length * (row + 1 + sequence.ahead) // rows)).clamp(max=length)
+        self.register_buffer("prefix", prefix, persistent=False)
+
+    def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
+        sequence = self.tokens(cond) + self.pos_embed
+        index = torch.arange(cond.mask.shape[1], device=cond.mask.device)
+        visible = cond.mask[:, None] & (index < self.prefix[:, None])  # [C, N, L]
+        mask = torch.zeros(visible.shape, device=visible.device)
+        mask = mask.masked_fill(~visible, -torch.inf)
+        if embedded.sequence is not None and embedded.cross_attn_mask is not None:
+            sequence = torch.cat([embedded.sequence, sequence], dim=1)
+            mask = torch.cat([embedded.cross_attn_mask, mask], dim=2)
+        return embedded._replace(sequence=sequence, cross_attn_mask=mask)
+
+    def required_prefix(self) -> Int[Tensor, " N"]:
+        return self.prefix
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of the three
+
+
+class _TokenEmbedding(nn.Module):
+    """Indices or numbers to vectors; what is masked becomes the null vector."""
+
+    def __init__(self, codebook_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.embed = (
+            nn.Embedding(codebook_size, width) if codebook_size else nn.Linear(channels, width)
+        )
+        self.null = nn.Parameter(0.02 * torch.randn(width))
+        if isinstance(self.embed, nn.Embedding):
+            nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, cond: Masked) -> Tensor:
+        value, mask = cond
+        if value.is_floating_point():
+            value = value.to(self.embed.weight.dtype)
+        return self.embed(value).where(mask[..., None], self.null)
+
+
+def _check_kind(codebook_size: int, channels: int) -> None:
+    if (codebook_size > 0) == (channels > 0) or min(codebook_size, channels) < 0:
+        raise UsageError(
+            f"either codebook_size or channels must be above 0, got {codebook_size} and {channels}"
+        )
+
+
+def _trailing(channels: int) -> tuple[int, ...]:
+    return (channels,) if channels else ()
+
+
+def _tokens(value: Tensor, codebook_size: int, name: str) -> Tensor:
+    if codebook_size:
+        return _indices(value, codebook_size, name)
+    if not value.is_floating_point():
+        raise UsageError(f"{name} must be floating point, got {value.dtype}")
+    return value
+
+
+def _indices(value: Tensor, size: int, name: str) -> Tensor:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise UsageError(f"{name} must hold whole numbers, got {value.dtype}")
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
+        raise UsageError(
+            f"{name} must be in 0 … {size - 1}, got {int(value.min())} … {int(value.max())}"
+        )
+    return value.long()
+
+
+def _present(value: Tensor, shape: tuple[int, ...], *, channels: int = 0, name: str) -> Masked:
+    expected = shape + _trailing(channels)
+    if value.shape != expected:
+        raise UsageError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+    return Masked(value, torch.ones(shape, dtype=torch.bool, device=value.device))
+
+
+def _absent(shape: tuple[int, ...], channels: int, device: torch.device) -> Masked:
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    value = torch.zeros(*shape, channels, device=device) if channels else mask.long()
+    return Masked(value, mask)
+
+
+def _piece(
+    spec: TokenGrid | TokenSequence, piece: Any, batch: int, *, device: torch.device, name: str
+) -> Tensor:
+    value = _tokens(torch.as_tensor(piece, device=device), spec.codebook_size, name)
+    length = value.shape[1] if value.ndim > 1 else 0
+    if not length or value.shape != (batch, length, *_trailing(spec.channels)):
+        expected = ", ".join(map(str, (batch, "k", *_trailing(spec.channels))))
+        raise UsageError(f"{name} must come in pieces ({expected}), got {tuple(value.shape)}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# All conditions of a decoder
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that a decoder is conditioned on: nothing, one condition, or several by name.
+
+    A single condition is passed as it is, several as a dictionary with any of the names.
 
     Args:
         names: of the conditions; a single one is called `cond`.
@@ -28,10 +454,10 @@ class Conditions:
 
     @classmethod
     def of(
-        cls, condition: "Condition | Mapping[str, Condition] | Conditions | None"
-    ) -> "Conditions":
-        """The conditions that a user asked for; labels of no class are none."""
-        if isinstance(condition, Conditions):
+        cls, condition: "Condition | Mapping[str, Condition] | Conditioning | None"
+    ) -> "Conditioning":
+        """From what a user passes to a constructor; labels of no class are no condition."""
+        if isinstance(condition, Conditioning):
             return condition
         if condition is None:
             return cls()
@@ -41,29 +467,33 @@ class Conditions:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the labels among them, or 0."""
-        return sum(part.num_classes for part in self.parts if isinstance(part, ClassLabels))
+        """Classes of the first label condition, or 0."""
+        return next((p.num_classes for p in self.parts if isinstance(p, ClassLabels)), 0)
+
+    def label_of(self, name: str) -> str:
+        """What error messages call a condition."""
+        return f"cond[{name!r}]" if len(self.parts) > 1 else "cond"
 
     def split(self, cond: Any) -> dict[str, Any]:
-        """What was given for each condition; nothing is checked but the names.
+        """What was passed for each condition; only the names are checked.
 
         Raises:
-            ValueError: if something was given that there is no condition for.
+            UsageError: if something was passed that is not a condition.
         """
         if cond is None:
             return {}
         if not self.parts:
-            raise ValueError("cond must be None: this decoder was built without a condition")
+            raise UsageError("cond must be None: this decoder was built without a condition")
         if isinstance(cond, Mapping):
             if unknown := [name for name in cond if name not in self.names]:
-                raise ValueError(f"cond must be among {', '.join(self.names)}, got {unknown}")
+                raise UsageError(f"cond must be among {', '.join(self.names)}, got {unknown}")
             return {name: value for name, value in cond.items() if value is not None}
         if len(self.parts) > 1:
-            raise ValueError(f"cond must be a dictionary of {', '.join(self.names)}, got {cond}")
+            raise UsageError(f"cond must be a dictionary of {', '.join(self.names)}, got {cond}")
         return {self.names[0]: cond}
 
     def count(self, cond: Any) -> int | None:
-        """The examples that a condition is given for; None if it does not tell."""
+        """The number of examples that a condition is passed for; None if it does not say."""
         for name, value in self.split(cond).items():
             part = self.parts[self.names.index(name)]
             ndim = value.ndim if isinstance(value, Tensor) else torch.as_tensor(value).ndim
@@ -71,42 +501,174 @@ class Conditions:
                 return len(value)
         return None
 
-    def check(self, cond: Any, batch: int, device: torch.device) -> dict[str, Given]:
-        """What was given, for each condition; null for those that were not."""
-        given = self.split(cond)
-        found = {}
-        for name, part in zip(self.names, self.parts, strict=True):
-            called = f"cond[{name!r}]" if len(self.parts) > 1 else "cond"
-            found[name] = (
-                part.check(given[name], batch, device, name=called)
-                if name in given
-                else part.null(batch, device)
-            )
-        return found
+    def validate(self, cond: Any, batch: int, device: torch.device) -> dict[str, Masked]:
+        """Every condition as it was passed, or null.
 
-    def null(self, batch: int, device: torch.device) -> dict[str, Given]:
-        """All null."""
-        return self.check(None, batch, device)
+        Raises:
+            UsageError: if one of them has the wrong name, shape, type or range.
+        """
+        values = self.split(cond)
+        return {
+            name: part.validate(values[name], batch, device, name=self.label_of(name))
+            if name in values
+            else part.null(batch, device)
+            for name, part in zip(self.names, self.parts, strict=True)
+        }
+
+    def null(self, batch: int, device: torch.device) -> dict[str, Masked]:
+        """Every condition null."""
+        return self.validate(None, batch, device)
 
     def drop(
-        self, given: dict[str, Given], rate: float, generator: torch.Generator | None = None
-    ) -> dict[str, Given]:
+        self, cond: dict[str, Masked], rate: float, generator: torch.Generator | None = None
+    ) -> dict[str, Masked]:
         """Drop all conditions of an example with probability `rate`; of several, each alone too."""
-        if not given:
-            return given
-        batch = len(next(iter(given.values())).there)
-        alone = len(given) > 1
-        draws = torch.rand(batch, 1 + len(given) * alone, generator=generator) < rate
-        found = {}
-        for number, (name, (value, there)) in enumerate(given.items(), start=1):
-            dropped = draws[:, 0] | draws[:, number * alone]
-            kept = ~dropped.to(there.device).view(-1, *[1] * (there.ndim - 1))
-            found[name] = Given(value, there & kept)
-        return found
+        if not cond:
+            return cond
+        batch = len(next(iter(cond.values())).mask)
+        each = len(cond) > 1
+        draws = torch.rand(batch, 1 + len(cond) * each, generator=generator) < rate
+        result = {}
+        for number, (name, (value, mask)) in enumerate(cond.items(), start=1):
+            kept = ~(draws[:, 0] | draws[:, number * each]).to(mask.device)
+            result[name] = Masked(value, mask & kept.view(-1, *[1] * (mask.ndim - 1)))
+        return result
 
 
-def joined(a: dict[str, Given], b: dict[str, Given]) -> dict[str, Given]:
-    """Two batches of conditions, one behind the other."""
+def concat(a: dict[str, Masked], b: dict[str, Masked]) -> dict[str, Masked]:
+    """Two batches of the same conditions, concatenated."""
     return {
-        name: Given(*(torch.cat(pair) for pair in zip(a[name], b[name], strict=True))) for name in a
+        name: Masked(*(torch.cat(pair) for pair in zip(a[name], b[name], strict=True)))
+        for name in a
     }
+
+
+class ConditionEmbedder(nn.Module):
+    """The embedders of all conditions.
+
+    Args:
+        conditioning: the conditions.
+        layout: of the image.
+        width: channels of the network.
+        modulation: channels of the modulation.
+
+    Raises:
+        UsageError: if a condition does not fit the layout.
+    """
+
+    def __init__(
+        self, conditioning: Conditioning, layout: Layout, *, width: int, modulation: int
+    ) -> None:
+        super().__init__()
+        self.names = conditioning.names
+        # A list, because the name of a condition may hold what the name of a module may not.
+        self.parts = nn.ModuleList(
+            part.embedder(layout, width=width, modulation=modulation)
+            for part in conditioning.parts
+        )
+        has_sequence = any(isinstance(part, SequenceEmbedder) for part in self.parts)
+        # Always visible, so that no row of the cross-attention is masked out entirely.
+        self.null_token = nn.Parameter(0.02 * torch.randn(width)) if has_sequence else None
+        self.num_tokens = layout.num_tokens
+
+    def forward(self, cond: dict[str, Masked]) -> Embedded:
+        device = next((value.device for value, _ in cond.values()), None)
+        embedded = Embedded(torch.zeros((), device=device))
+        if self.null_token is not None:
+            count = next(len(mask) for _, mask in cond.values())
+            embedded = embedded._replace(
+                sequence=self.null_token.expand(count, 1, -1),
+                cross_attn_mask=torch.zeros(count, self.num_tokens, 1, device=device),
+            )
+        for part, masked in zip(self.parts, cond.values(), strict=True):
+            embedded = part(masked, embedded)
+        return embedded
+
+    def required_prefix(self) -> dict[str, Int[Tensor, " N"]]:
+        """How much of each grid and sequence, in raster order, each image token depends on."""
+        prefixes = {}
+        for name, part in zip(self.names, self.parts, strict=True):
+            if isinstance(part, Embedder) and (prefix := part.required_prefix()) is not None:
+                prefixes[name] = prefix
+        return prefixes
+
+
+class StreamedConditions:
+    """The conditions of one decoding, some of which are still arriving from iterators.
+
+    An iterator yields pieces `[B, k]` or `[B, k, C]` of a grid or a sequence, in raster order, `k`
+    tokens each. `advance` takes as many pieces as the next tokens depend on, and no more.
+
+    Args:
+        conditioning: the conditions.
+        cond: what the user passed.
+        batch: number of examples.
+        device: where the values go.
+
+    Attributes:
+        values: every condition, with a mask of what has arrived.
+        null: every condition null.
+
+    Raises:
+        UsageError: at once for a complete condition; from `advance` for a piece of the wrong shape,
+            type or range, and for an iterator that ends too early.
+    """
+
+    def __init__(
+        self, conditioning: Conditioning, cond: Any, *, batch: int, device: torch.device
+    ) -> None:
+        split = conditioning.split(cond)
+        self._iterators = {n: value for n, value in split.items() if isinstance(value, Iterator)}
+        complete = {name: v for name, v in split.items() if name not in self._iterators}
+        self._parts = dict(zip(conditioning.names, conditioning.parts, strict=True))
+        self._label_of = conditioning.label_of
+        for name in self._iterators:
+            if not isinstance(self._parts[name], TokenGrid | TokenSequence):
+                self._parts[name].validate_piece(None, batch, device, name=self._label_of(name))
+        self.null = conditioning.null(batch, device)
+        self.values = conditioning.validate(complete or None, batch, device)
+        self._arrived = dict.fromkeys(self._iterators, 0)
+        self._batch = batch
+
+    @property
+    def pending(self) -> bool:
+        """Whether any condition is an iterator."""
+        return bool(self._iterators)
+
+    def advance(self, required: dict[str, int]) -> bool:
+        """Take pieces until `required` tokens of each condition have arrived.
+
+        Returns:
+            Whether anything new has arrived.
+        """
+        changed = False
+        for name in self._iterators:
+            while self._arrived[name] < required[name] and self._next(name, required[name]):
+                changed = True
+        return changed
+
+    def _next(self, name: str, required: int) -> bool:
+        part, label, arrived = self._parts[name], self._label_of(name), self._arrived[name]
+        # The user's code runs here: its tensors may be kept, and trained on later.
+        with torch.inference_mode(False), torch.no_grad():
+            piece = next(self._iterators[name], None)
+        if piece is None:
+            # A sequence that every image token sees entirely may be shorter than its length.
+            if isinstance(part, TokenSequence) and part.ahead is None and arrived:
+                self._arrived[name] = part.length
+                return False
+            raise UsageError(
+                f"{label} must go on to {required} tokens, got an end after {arrived}"
+            )
+        value, mask = self.values[name]
+        tokens = part.validate_piece(piece, self._batch, value.device, name=label)
+        total, stop = mask[0].numel(), arrived + tokens.shape[1]
+        if stop > total:
+            raise UsageError(f"{label} must have at most {total} tokens, got {stop}")
+        if tokens.is_floating_point() and tokens.dtype != value.dtype:
+            value = value.to(tokens.dtype)
+            self.values[name] = Masked(value, mask)
+        value.flatten(1, mask.ndim - 1)[:, arrived:stop] = tokens
+        mask.flatten(1)[:, arrived:stop] = True
+        self._arrived[name] = stop
+        return True

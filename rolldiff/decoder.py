@@ -1,43 +1,166 @@
 """`Decoder`: images in, a loss out; noise in, images out, group by group.
 
-The front door. It joins a layout, a noise schedule, a backbone and what training draws, checks what
-users hand in, and leaves the work to the rooms below.
+This is the only module that uses all of the core. It combines a layout, a noise schedule, a backbone
+and a training distribution; it validates what users pass; and it runs the sampler with a cache.
+Tokens are kept in decode order and in float32 (float64 if the weights are), whatever type the
+network computes in.
 """
 
+import math
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rolldiff.begin import begin
-from rolldiff.conditioning import Conditions
-from rolldiff.conditions import ClassLabels, Condition
-from rolldiff.decoding import Decoded, Frame
-from rolldiff.denoiser import Backbone, Guidance
-from rolldiff.editing import Editing
-from rolldiff.grouping import Order
+from rolldiff.conditioning import (
+    ClassLabels,
+    Condition,
+    Conditioning,
+    StreamedConditions,
+    concat,
+)
+from rolldiff.diffusion.layout import Layout, Patches
+from rolldiff.diffusion.process import (
+    Estimate,
+    NoiseSchedule,
+    PerSampleNoise,
+    Prediction,
+    Rectified,
+    coefficients,
+    denoising_loss,
+)
+from rolldiff.diffusion.sampler import Euler, NoiseLevel, Solver, State, TimeGrid, sample
+from rolldiff.diffusion.schedule import GroupSchedule, Order, decode_order
+from rolldiff.diffusion.timesteps import TrainingDistribution
+from rolldiff.errors import UsageError, warn_user
 from rolldiff.hub import Pretrained
-from rolldiff.layout import Layout, Patches, check_image
-from rolldiff.nn import Transformer
-from rolldiff.noise import NoiseSchedule, Rectified
-from rolldiff.prediction import Prediction, coefficients, squared_error
-from rolldiff.step import Euler, Step
-from rolldiff.training import Training
+from rolldiff.nn.denoiser import Backbone, Denoiser, Guidance
+from rolldiff.nn.transformer import Transformer
 
-__all__ = ["Decoded", "Decoder", "Frame"]
+__all__ = ["Cost", "DecodeConfig", "DecodeOutput", "DecodeRun", "Decoder", "Frame", "check_image"]
 
 
-class Decoder(Pretrained, Editing):
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """The settings of a decoding.
+
+    Args:
+        num_groups: groups, from 1 to the number of tokens.
+        overlap: of successive groups, in [0, 1]: 0 one after another, 1 all together.
+        steps: solver steps per group.
+        order: the decode order, see `decode_order`.
+        solver: the solver.
+        guidance: 0 for none; otherwise the `w` of `y + w (y - y_null)`, or a `Guidance`.
+
+    Raises:
+        UsageError: if a setting is out of range.
+    """
+
+    num_groups: int = 1
+    overlap: float = 0.0
+    steps: int = 16
+    order: Order = "top_to_bottom"
+    solver: Solver = Euler()
+    guidance: float | Guidance = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_groups, int):  # its upper limit depends on the decoder
+            self.schedule(num_tokens=self.num_groups)
+        else:
+            self.schedule(num_tokens=1)
+        if not isinstance(self.solver, Solver):
+            raise UsageError(f"solver must be a Solver such as Euler(), got {self.solver!r}")
+        if isinstance(self.guidance, int | float):
+            object.__setattr__(self, "guidance", Guidance(float(self.guidance)))
+        if not isinstance(self.guidance, Guidance):
+            raise UsageError(
+                f"guidance must be a finite number or a Guidance, got {self.guidance!r}"
+            )
+        if not isinstance(self.order, str):
+            object.__setattr__(self, "order", tuple(self.order))
+
+    def schedule(self, *, num_tokens: int, num_known: int = 0) -> GroupSchedule:
+        """When each group of an image of `num_tokens` tokens moves."""
+        return GroupSchedule(
+            num_tokens=num_tokens,
+            num_groups=self.num_groups,
+            overlap=self.overlap,
+            steps=self.steps,
+            num_known=num_known,
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The measured cost of a decoding.
+
+    Attributes:
+        nfe: network calls in series.
+        tokens: token evaluations per image; with guidance both branches count.
+        seconds: wall-clock time.
+        seconds_to_first_group: wall-clock time until the first group was final.
+        cached: whether finished tokens were kept in a cache instead of computed again.
+    """
+
+    nfe: int
+    tokens: int
+    seconds: float
+    seconds_to_first_group: float
+    cached: bool
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """A finished decoding.
+
+    Attributes:
+        image: `[B, C, H, W]`, values about [-1, 1] (not clipped).
+        cost: what it took.
+        overlap: the overlap after rounding the stagger to whole steps.
+    """
+
+    image: Tensor
+    cost: Cost
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoding in progress.
+
+    Attributes:
+        image: `[B, C, H, W]`: finished tokens as they are, the others as `E[x | x_t]`.
+        finished: `[H, W]`, True where pixels are final.
+        tau: global time, from 1 to 0.
+        nfe: network calls so far, those of previews included.
+    """
+
+    image: Tensor
+    finished: Tensor
+    tau: float
+    nfe: int
+
+
+class Decoder(Pretrained):
     """A grouped diffusion decoder.
 
     Args:
         layout: cuts images into tokens.
-        backbone: the raw network.
+        backbone: the network.
         noise: the noise schedule.
         prediction: what the backbone predicts.
-        loss_space: the space in which the squared error is taken.
-        training: what training draws; decoding outside of it warns.
+        loss_space: the space of the squared error.
+        training: the settings that training draws. Decoding outside of them warns.
+
+    Raises:
+        UsageError: if the parts do not fit together.
     """
 
     orders: Tensor
@@ -51,12 +174,11 @@ class Decoder(Pretrained, Editing):
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
         loss_space: Prediction = "velocity",
-        training: Training = Training(),
+        training: TrainingDistribution = TrainingDistribution(),
     ) -> None:
         super().__init__()
-        # Refuse what could only fail later.
-        coefficients(prediction, noise, torch.ones(1))
-        coefficients(loss_space, noise, torch.ones(1))
+        for space in (prediction, loss_space):  # refuse now what could only fail later
+            coefficients(space, noise, torch.ones(1))
         orders, groups = training.tables(layout.coords)
         self.register_buffer("orders", orders, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
@@ -73,7 +195,7 @@ class Decoder(Pretrained, Editing):
         self.noise = noise
         self.prediction: Prediction = prediction
         self.loss_space: Prediction = loss_space
-        self.trained_for = training
+        self.training_distribution = training
 
     @classmethod
     def build(
@@ -90,9 +212,9 @@ class Decoder(Pretrained, Editing):
         causal: bool = True,
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
-        training: Training = Training(),
+        training: TrainingDistribution = TrainingDistribution(),
     ) -> "Decoder":
-        """A decoder of patches, with a transformer: the usual choices.
+        """A decoder of patches with a transformer.
 
         Args:
             image_size: height and width in pixels, or one number for a square image.
@@ -103,18 +225,18 @@ class Decoder(Pretrained, Editing):
             heads: its attention heads; by default heads of 32 channels.
             num_classes: class labels; 0 for none. Short for `condition=ClassLabels(num_classes)`.
             condition: what it is conditioned on, one or several by name: `ClassLabels`,
-                `TokenGrid`, `TokenSequence`, `LowResolution`.
+                `TokenGrid`, `TokenSequence`.
             causal: False for bidirectional attention, which has no exact cache.
             noise: the noise schedule.
-            prediction: what the network predicts; `velocity` learns faster where a token holds
-                few numbers, `x` is for large patches (Li and He 2025).
-            training: what training draws.
+            prediction: what the network predicts; `velocity` learns faster where a token holds few
+                numbers, `x` is for large patches (Li and He 2025).
+            training: the settings that training draws.
 
         Raises:
-            ValueError: if the sizes do not fit together.
+            UsageError: if the sizes do not fit together.
         """
         if num_classes and condition is not None:
-            raise ValueError(f"num_classes must be 0 beside a condition, got {num_classes}")
+            raise UsageError(f"num_classes must be 0 beside a condition, got {num_classes}")
         layout = Patches(image_size, channels=channels, patch=patch)
         backbone = Transformer(
             layout,
@@ -124,62 +246,67 @@ class Decoder(Pretrained, Editing):
             condition=ClassLabels(num_classes) if condition is None else condition,
             causal=causal,
         )
-        return cls(
-            layout,
-            backbone,
-            noise=noise,
-            prediction=prediction,
-            training=training,
-        )
+        return cls(layout, backbone, noise=noise, prediction=prediction, training=training)
 
     @property
-    def condition(self) -> Conditions:
+    def conditioning(self) -> Conditioning:
         """What it is conditioned on."""
-        return self.backbone.condition
+        return self.backbone.conditioning
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         return next(self.parameters()).dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The type of the solver's state: never below float32."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def loss(
         self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The mean squared error in the loss space, over the tokens that move.
+        """The mean squared error in the loss space over the moving tokens.
 
-        Each example draws a group count, an order and local times; a token that is clean (t = 0) or
+        Each example draws a group count, an order and local times. A token that is clean (t = 0) or
         waits (t = 1) is context and carries no loss.
 
         Args:
             image: `[B, C, H, W]`, floating point, in [-1, 1].
             cond: the condition, or None; several in a dictionary by name. Its gradient is kept.
-            generator: a CPU generator for all that is drawn; None takes torch's own.
+            generator: a CPU generator for all random draws; None uses torch's own.
 
         Returns:
             A scalar to call `backward` on.
 
         Raises:
-            ValueError: if an argument has the wrong shape, type or range.
+            UsageError: if an argument has the wrong shape, type or range.
         """
         x = self.layout.tokens(check_image(image, self.layout)).to(self.state_dtype)
-        given = self.condition.check(cond, len(x), x.device)
-        given = self.condition.drop(given, self.trained_for.drop_cond, generator)
-        shown = self.trained_for.show(x, self.orders, self.groups, self.noise, generator)
-        context = self.backbone.prepare(shown.order, shown.group, given)
-        y = self.backbone(shown.x_t, self.backbone.embed_time(shown.t), context)
-        return squared_error(
+        given = self.conditioning.validate(cond, len(x), x.device)
+        given = self.conditioning.drop(given, self.training_distribution.drop_cond, generator)
+        order, group, t = self.training_distribution.sample(
+            len(x), (self.orders, self.groups), generator
+        )
+        t = t.to(x.dtype)
+        x = x.gather(1, order[..., None].expand_as(x))  # [B, N, D] in decode order
+        eps = _randn_like(x, generator)
+        x_t = self.noise.add_noise(x, eps, t)
+        context = self.backbone.prepare(order, group, given)
+        y = self.backbone(x_t, self.backbone.embed_time(t), context)
+        return denoising_loss(
             y.to(x.dtype),
-            shown.x,
-            shown.eps,
-            shown.t,
-            prediction=self.prediction,
-            loss=self.loss_space,
+            x,
+            eps,
+            t=t,
             noise=self.noise,
+            prediction=self.prediction,
+            space=self.loss_space,
         )
 
     def forward(
@@ -191,84 +318,457 @@ class Decoder(Pretrained, Editing):
     def decode(
         self,
         cond: Any = None,
+        config: DecodeConfig | None = None,
         *,
         num_images: int | None = None,
-        num_groups: int = 1,
-        overlap: float = 0.0,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        step: Step = Euler(),
-        guidance: float | Guidance = 0.0,
         seed: int | torch.Generator | None = None,
-        first: int = 0,
+        start_index: int = 0,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
         cache: bool = True,
         dtype: torch.dtype | None = None,
-    ) -> Decoded:
+        **overrides: Any,
+    ) -> DecodeOutput:
         """Decode images from noise.
 
         Args:
-            cond: the condition, or None; several in a dictionary by name. In place of a grid or a
-                sequence of tokens an iterator over pieces of it, `[B, k]` or `[B, k, C]` in raster
-                order: a group then starts as soon as there is what its tokens look at.
-            num_images: how many images; by default as many as `cond` has.
-            num_groups: groups, from 1 to the number of tokens.
-            overlap: in [0, 1], see `RollingSchedule`.
-            steps: solver steps a group.
-            order: the decode order, see `decode_order`.
-            step: the solver step.
-            guidance: 0 for none; otherwise the `w` of `y + w (y - y_null)`, see `Guidance`.
-            seed: a seed or a generator; image i has the same noise alone and in any batch.
-            first: the index of the first image in the seed's stream.
-            cache: whether a causal backbone keeps what is finished.
+            cond: the condition, or None; several in a dictionary by name. A grid or a sequence of
+                tokens may be an iterator over pieces `[B, k]` or `[B, k, C]` in raster order: a
+                group then starts as soon as what its tokens depend on has arrived.
+            config: the settings; by default those of `DecodeConfig()`.
+            num_images: number of images; by default as many as the other arguments have.
+            seed: a seed or a generator; image i gets the same noise alone and in any batch.
+            start_index: index of the first image in the seed's sequence of images.
+            image: `[B, C, H, W]`, for inpainting, together with `mask`; values about [-1, 1].
+            mask: `[H, W]`, True where pixels are decoded; the other pixels are those of `image`, bit
+                for bit. A token with a pixel to decode is decoded as a whole. Known tokens come
+                first in the decode order, so a checkpoint trained on a random order among others
+                suits every mask.
+            noise: `[B, C, H, W]`, unit noise to start from, instead of the seed's.
+            cache: whether a causal backbone keeps finished tokens in a cache.
             dtype: what the network computes in; by default bfloat16 on CUDA, elsewhere the type of
-                its weights. The state of the solver stays in float32.
+                the weights. The solver's state stays in float32.
+            **overrides: fields of `DecodeConfig` that replace those of `config`, such as
+                `num_groups=4`.
 
         Raises:
-            ValueError: if an argument is out of range.
+            UsageError: if an argument is out of range.
+            TypeError: if `overrides` holds something other than a field of `DecodeConfig`.
+
+        Warns:
+            UserWarning: if the settings are outside the training distribution.
         """
-        asked = num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
-        with torch.no_grad():
-            return begin(self, cond, *asked, dtype).decoded()
+        run = self.prepare(
+            cond,
+            replace(config or DecodeConfig(), **overrides),
+            num_images=num_images,
+            seed=seed,
+            start_index=start_index,
+            image=image,
+            mask=mask,
+            noise=noise,
+            cache=cache,
+            dtype=dtype,
+        )
+        return run.finish()
 
     def stream(
         self,
         cond: Any = None,
+        config: DecodeConfig | None = None,
         *,
-        num_images: int | None = None,
-        num_groups: int = 1,
-        overlap: float = 0.0,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        step: Step = Euler(),
-        guidance: float | Guidance = 0.0,
-        seed: int | torch.Generator | None = None,
-        first: int = 0,
-        cache: bool = True,
-        dtype: torch.dtype | None = None,
         frames: int | None = None,
         preview: bool = True,
+        **arguments: Any,
     ) -> Iterator[Frame]:
-        """Decode images from noise, a frame after every step.
+        """Decode images from noise, with a frame after every step.
 
-        Takes what `decode` takes; the last frame's image is what `decode` returns. The preview of
-        the tokens that wait takes one more network call for each frame shown.
+        The last frame's image is what `decode` returns. Tokens that have not started are in no call
+        of the sampler, so previewing them takes one more network call per frame.
 
         Args:
-            frames: evenly spaced frames to show instead of all, the last one among them.
-            preview: whether waiting tokens are shown as `E[x | x_t]`; otherwise they are 0, grey.
+            cond: see `decode`.
+            config: see `decode`.
+            frames: number of evenly spaced frames, the last step among them; None yields all.
+            preview: whether waiting tokens are shown as `E[x | x_t]`; otherwise as 0, grey.
+            **arguments: all other arguments of `decode`.
 
         Yields:
             `Frame`s.
+
+        Raises:
+            UsageError: at once, if an argument is out of range.
         """
-        asked = num_images, num_groups, overlap, steps, order, step, guidance, seed, first, cache
-        run = begin(self, cond, *asked, dtype)
+        options = {name: arguments.pop(name) for name in _RUN_OPTIONS if name in arguments}
+        run = self.prepare(cond, replace(config or DecodeConfig(), **arguments), **options)
         return run.frames(frames, preview=preview)
 
-    def compile(self, *, mode: str | None = None) -> None:
-        """Compile the backbone, in place; weights keep their names. See `Transformer.compile`."""
+    @torch.no_grad()
+    def prepare(
+        self,
+        cond: Any = None,
+        config: DecodeConfig = DecodeConfig(),
+        *,
+        num_images: int | None = None,
+        seed: int | torch.Generator | None = None,
+        start_index: int = 0,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        cache: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> "DecodeRun":
+        """Validate the arguments of `decode` and prepare everything that precedes the first step."""
+        counter = _CostCounter(self.device)
+        autocast = self._autocast_dtype(dtype)
+        guidance = config.guidance
+        assert isinstance(guidance, Guidance)  # DecodeConfig has turned numbers into one
+        known_tokens = None
+        if image is not None or mask is not None:
+            image, known_tokens = self._known(image, mask)
+        num_known = 0 if known_tokens is None else int(known_tokens.sum())
+        schedule = config.schedule(num_tokens=self.layout.num_tokens, num_known=num_known)
+        unseen = self.training_distribution.unseen(
+            config.num_groups, config.overlap, config.order
+        )
+        for phrase in unseen:
+            warn_user(f"decoding beyond what this checkpoint was trained for: {phrase}")
+        batch = self._num_images(num_images, cond, image, noise)
+        streamed = StreamedConditions(
+            self.conditioning, cond, batch=batch, device=self.device
+        )
+        if guidance.scale and cond is None:
+            raise UsageError(
+                f"guidance needs a condition, got guidance {guidance.scale} without cond"
+            )
+        order = decode_order(config.order, self.layout.coords).to(self.device)
+        if known_tokens is not None:
+            order = self._known_first(order, known_tokens)
+        # A pixel starts from the same noise whatever the order.
+        samples = PerSampleNoise(seed, batch, start_index=start_index)
+        if noise is None:
+            x_1 = samples.normal(self.layout.num_tokens, self.layout.token_dim)
+        else:
+            x_1 = self.layout.tokens(check_image(noise, self.layout, unbounded=True))
+        x_1 = x_1.to(self.device, self.state_dtype)
+        if image is not None and known_tokens is not None:
+            x_1[:, known_tokens] = self.layout.tokens(image)[:, known_tokens]
+        grid = TimeGrid(
+            schedule,
+            self.noise,
+            self.prediction,
+            embed=self.backbone.embed_time,
+            like=x_1,
+        )
+        position = schedule.position.to(x_1)
+        run = DecodeRun(
+            decoder=self,
+            config=config,
+            schedule=schedule,
+            denoiser=Denoiser(self.backbone, grid, guidance, position),
+            order=order,
+            samples=samples,
+            streamed=streamed,
+            x_1=x_1[:, order],
+            autocast=autocast,
+            counter=counter,
+            inpainted=None if image is None or mask is None else (image, mask.to(self.device)),
+        )
+        run.update_condition()
+        run.cached = cache and self.backbone.causal
+        if run.cached:
+            run.cache = self.backbone.make_cache(
+                run.denoiser.branches * batch, run.context, dtype=autocast or self.dtype
+            )
+            run.cached = run.cache is not None or int(schedule.group[-1]) == 0
+        return run
+
+    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+        """Compile the backbone in place; weights keep their names. See `Transformer.compile`."""
         self.backbone.compile(mode=mode)
 
+    def _autocast_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The type that the network computes in, if it is not that of the weights."""
+        if dtype is None:
+            mixed = self.device.type == "cuda" and self.dtype == torch.float32
+            return torch.bfloat16 if mixed else None
+        allowed = {self.dtype}
+        if self.dtype == torch.float32:
+            allowed |= {torch.bfloat16, torch.float16}
+        if dtype not in allowed:
+            names = " or ".join(sorted(map(str, allowed)))
+            raise UsageError(f"dtype must be {names} with {self.dtype} weights, got {dtype}")
+        return None if dtype == self.dtype else dtype
+
+    def _known(self, image: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The image on this device, and which tokens, in raster order, need no decoding."""
+        if image is None or mask is None:
+            given = "image" if mask is None else "mask"
+            raise UsageError(f"image and mask must be given together, got only {given}")
+        image = check_image(image, self.layout, unbounded=True).to(self.device, self.state_dtype)
+        if mask.shape != image.shape[2:] or mask.dtype != torch.bool:
+            raise UsageError(
+                f"mask must have shape {tuple(image.shape[2:])} and type torch.bool, got "
+                f"{tuple(mask.shape)} and {mask.dtype}"
+            )
+        if not mask.any():
+            raise UsageError("mask must be True somewhere, got False everywhere")
+        pixels = mask.to(image).expand(image[:1].shape)
+        return image, ~(self.layout.tokens(pixels)[0] > 0).any(-1)
+
+    def _num_images(
+        self, num_images: int | None, cond: Any, *tensors: Tensor | None
+    ) -> int:
+        given = {len(tensor) for tensor in tensors if tensor is not None}
+        if num_images is not None:
+            given.add(num_images)
+        if len(given) > 1:
+            raise UsageError(
+                "num_images, image and noise must agree on the number of images, got "
+                f"{' and '.join(map(str, sorted(given)))}"
+            )
+        batch = next(iter(given), None)
+        if batch is None:
+            batch = self.conditioning.count(cond) or 1
+        if not isinstance(batch, int) or batch < 1:
+            raise UsageError(f"num_images must be a whole number of 1 or more, got {batch!r}")
+        return batch
+
+    def _known_first(self, order: Tensor, known: Tensor) -> Tensor:
+        """The known tokens, then the others in their order."""
+        order = torch.cat([order[known[order]], order[~known[order]]])
+        orders = self.training_distribution.orders
+        trained = [decode_order(name, self.layout.coords) for name in orders]
+        if not any(str(name).startswith("random") for name in orders) and not any(
+            torch.equal(order.cpu(), other) for other in trained
+        ):
+            warn_user(
+                "decoding beyond what this checkpoint was trained for: known tokens come first, and "
+                "no random order was among those trained"
+            )
+        return order
+
+
+_RUN_OPTIONS = (
+    "num_images",
+    "seed",
+    "start_index",
+    "image",
+    "mask",
+    "noise",
+    "cache",
+    "dtype",
+)
+
+
+@dataclass
+class DecodeRun:
+    """One decoding, prepared by `Decoder.prepare` and run once.
+
+    What changes while it runs is the cache, the cost, and the context if a condition is streamed.
+    """
+
+    decoder: Decoder
+    config: DecodeConfig
+    schedule: GroupSchedule
+    denoiser: Denoiser
+    order: Int[Tensor, " N"]
+    samples: PerSampleNoise
+    streamed: StreamedConditions
+    x_1: Float[Tensor, "B N D"]  # in decode order, known tokens first
+    autocast: torch.dtype | None
+    counter: "_CostCounter"
+    inpainted: tuple[Tensor, Tensor] | None = None
+    context: Any = None
+    cache: Any = None
+    cached: bool = False
+    required: dict[str, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # How much of each streamed condition the first n tokens depend on, for every n.
+        prefixes = self.denoiser.backbone.required_prefix() if self.streamed.pending else {}
+        self.required = {
+            name: prefix.to(self.order.device)[self.order].cummax(0).values.tolist()
+            for name, prefix in prefixes.items()
+        }
+
+    def finish(self) -> DecodeOutput:
+        """Run to the end."""
+        with self._mode():
+            states = self.states()
+            with self.autocast_context():  # around all calls, so that casts of the weights are kept
+                state = next(state for state in states if state.finished > self.x_known)
+                first = self.counter.seconds()
+                state = deque(chain([state], states), maxlen=1).pop()
+        cost = self.counter.cost(seconds_to_first_group=first, cached=self.cached)
+        return DecodeOutput(self.image(state.x_t), cost, self.schedule.realised_overlap)
+
+    def frames(self, count: int | None = None, *, preview: bool = True) -> Iterator[Frame]:
+        """Run, and yield `count` evenly spaced frames, the last step among them.
+
+        Raises:
+            UsageError: at once, if there are fewer steps.
+        """
+        steps = self.schedule.num_steps
+        count = steps if count is None else count
+        if not isinstance(count, int) or not 1 <= count <= steps:
+            raise UsageError(
+                f"frames must be in 1 … {steps} (the steps of this decoding), got {count!r}"
+            )
+        return self._frames({-(-i * steps // count) for i in range(1, count + 1)}, preview)
+
+    def _frames(self, shown: set[int], preview: bool) -> Iterator[Frame]:
+        with self._mode():
+            states = self.states()
+        for i in range(self.schedule.num_steps + 1):
+            with self._mode(), self.autocast_context():
+                state = next(states)
+            if i in shown:
+                with torch.no_grad():
+                    image, finished = self.preview(state, waiting=preview), self.finished(state)
+                yield Frame(image, finished, 1 - i / self.schedule.num_steps, self.counter.nfe)
+
     @property
-    def state_dtype(self) -> torch.dtype:
-        """Of the solver's state: never below float32."""
-        return torch.promote_types(self.dtype, torch.float32)
+    def x_known(self) -> int:
+        """Leading tokens that are known from the start."""
+        return self.schedule.num_known
+
+    def states(self) -> Iterator[State]:
+        """The states of the sampler."""
+        dim = self.x_1.shape[-1]
+        return sample(
+            self.denoise,
+            self.x_1,
+            self.schedule,
+            grid=self.denoiser.grid,
+            solver=self.config.solver,
+            randn=lambda n: self.samples.normal(n, dim).to(self.x_1),
+        )
+
+    def denoise(self, x_t: Float[Tensor, "B N D"], level: NoiseLevel, span: slice) -> Estimate:
+        """The estimate of the moving tokens; all tokens before them become final in the cache."""
+        if self.required:
+            self._await(span.stop if self.denoiser.backbone.causal else len(self.order))
+        estimate = self._evaluate(x_t, level, span)
+        if self.cache is not None:
+            self.cache.commit(span.start)
+        return estimate
+
+    def _evaluate(self, x_t: Tensor, level: NoiseLevel, span: slice) -> Estimate:
+        shown = self.denoiser.shown(span, 0 if self.cache is None else self.cache.length)
+        self.counter.add((shown.stop - shown.start) * self.denoiser.branches)
+        return self.denoiser(x_t, level, span, context=self.context, cache=self.cache)
+
+    def _await(self, count: int) -> None:
+        """Wait for what the first `count` tokens depend on."""
+        required = {name: prefix[count - 1] for name, prefix in self.required.items()}
+        if self.streamed.advance(required):
+            self.update_condition()
+
+    def update_condition(self) -> None:
+        """Prepare the backbone for what has arrived of the conditions."""
+        values = self.streamed.values
+        if self.denoiser.branches == 2:
+            values = concat(values, self.streamed.null)
+        with torch.no_grad(), torch.autocast(self.order.device.type, enabled=False):
+            group = self.schedule.group.to(self.order.device)
+            self.context = self.denoiser.backbone.prepare(self.order, group, values)
+
+    def preview(self, state: State, *, waiting: bool) -> Float[Tensor, "B C H W"]:
+        """Finished tokens as they are, the others as `E[x | x_t]`.
+
+        Showing the waiting tokens takes one more call. It does not commit to the cache, so that the
+        decoding continues as if the call had not been made. What has not arrived of a streamed
+        condition is null in it.
+        """
+        x, done, num_tokens = state.x, state.finished, len(self.order)
+        if waiting and state.started < num_tokens:
+            schedule = self.schedule
+            groups = range(schedule.moving(state.step).start, schedule.num_groups)
+            level = self.denoiser.grid.at(groups, schedule.steps_done(state.step, groups))
+            x = x.clone()
+            with self.autocast_context():
+                x[:, done:] = self._evaluate(state.x_t, level, slice(done, num_tokens)).x
+        return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
+
+    def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        """Tokens in decode order as images, with the known pixels of an inpainted image."""
+        image = self.decoder.layout.image(tokens[:, self.order.argsort()])
+        if self.inpainted is not None:
+            known, mask = self.inpainted
+            image = torch.where(mask, image, known)
+        return image
+
+    def finished(self, state: State) -> Bool[Tensor, "H W"]:
+        """Where pixels are final."""
+        final = torch.arange(len(self.order), device=self.order.device) < state.finished
+        tokens = final[self.order.argsort()][None, :, None].expand(1, -1, self.x_1.shape[-1])
+        finished = self.decoder.layout.image(tokens.to(self.x_1))[0].amin(0) > 0
+        return finished if self.inpainted is None else finished | ~self.inpainted[1]
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        """Inference mode makes small CPU calls faster, but keeps autocast from caching casts."""
+        cast = self.autocast or torch.is_autocast_enabled(self.order.device.type)
+        return torch.no_grad() if cast else torch.inference_mode()
+
+    def autocast_context(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.order.device.type, self.autocast)
+
+
+class _CostCounter:
+    """Counts the calls and tokens of a decoding as they happen, and measures its time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nfe = 0
+        self.tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count a call that evaluates so many tokens per image."""
+        self.nfe += 1
+        self.tokens += tokens
+
+    def seconds(self) -> float:
+        """Since the start; on CUDA, after all submitted work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self._start
+
+    def cost(self, *, seconds_to_first_group: float, cached: bool) -> Cost:
+        """The cost so far."""
+        return Cost(self.nfe, self.tokens, self.seconds(), seconds_to_first_group, cached)
+
+
+def check_image(image: Tensor, layout: Layout, *, unbounded: bool = False) -> Tensor:
+    """The image itself.
+
+    Args:
+        image: what a user passed.
+        layout: defines the shape.
+        unbounded: accept any finite values, such as those of a decoded image or of noise.
+
+    Raises:
+        UsageError: if it is not `[B, C, H, W]` as in the layout, floating point, and in [-1, 1].
+    """
+    shape = layout.image_shape
+    if image.ndim != 4 or image.shape[1:] != shape or not len(image):
+        raise UsageError(
+            f"image must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
+        )
+    if not image.is_floating_point():
+        raise UsageError(f"image must be floating point in [-1, 1], got {image.dtype}")
+    low, high = (float(end) for end in image.aminmax())
+    if not (unbounded and math.isfinite(low + high)) and not -1.001 <= low <= high <= 1.001:
+        raise UsageError(f"image must be in [-1, 1], got {low:.4g} … {high:.4g}")
+    return image
+
+
+def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is not None and x.device.type != "cpu":  # draw on the device, seeded from the CPU
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -1,8 +1,11 @@
-"""Parts of an image drawn anew, with the weights that draw whole images.
+"""Editing: from an image to its noise, and masks of what to decode again.
 
-What is kept comes first in the decode order, whatever its place, and is data from the start: the
-network sees it as it sees any finished group. A token is kept if all of its pixels are; of a token
-that is drawn anew only the pixels asked for are changed.
+    decoder.decode(cond, image=image, mask=row_mask(image, 8, 16))        # regenerate rows 8 … 15
+
+    noise = invert(decoder, image, cond, num_groups=4)                    # DDIM inversion
+    fresh = torch.randn_like(noise)
+    mask = group_mask(decoder, [2], num_groups=4)
+    decoder.decode(cond, num_groups=4, noise=torch.where(mask, fresh, noise))   # a variation
 """
 
 from collections.abc import Sequence
@@ -13,159 +16,111 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rolldiff.begin import Known, begin
-from rolldiff.decoding import Decoded, Model
-from rolldiff.denoiser import Guidance
-from rolldiff.grouping import Grouping, Order
-from rolldiff.layout import check_image
-from rolldiff.step import Euler, Step
+from rolldiff.decoder import DecodeConfig, Decoder, check_image
+from rolldiff.diffusion.sampler import Euler
+from rolldiff.diffusion.schedule import decode_order
+from rolldiff.errors import UsageError
 
-__all__ = ["Editing"]
+__all__ = ["group_mask", "invert", "row_mask"]
 
 
-class Editing(Model):
-    """What a decoder can do with an image that is there."""
+def row_mask(image: Float[Tensor, "B C H W"], start: int, stop: int) -> Bool[Tensor, "H W"]:
+    """True in the pixel rows `start … stop - 1` of an image, for `decode(image=, mask=)`.
 
-    def inpaint(
-        self,
-        image: Float[Tensor, "B C H W"],
-        mask: Bool[Tensor, "H W"],
-        cond: Any = None,
-        *,
-        num_groups: int = 1,
-        overlap: float = 0.0,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        step: Step = Euler(),
-        guidance: float | Guidance = 0.0,
-        seed: int | torch.Generator | None = None,
-    ) -> Decoded:
-        """Draw the pixels of a mask anew; the others come back as they are, bit by bit.
-
-        Args:
-            image: in about [-1, 1]; what a decode gave may go beyond.
-            mask: `[H, W]`, True where to draw; the same for all images.
-            cond: the condition, see `decode`.
-            num_groups: groups of the tokens that are drawn, at most as many as there are.
-            overlap: see `decode`, as all that follow.
-            steps: solver steps a group.
-            order: of the tokens that are drawn.
-            step: the solver step.
-            guidance: towards the condition.
-            seed: of the noise.
-
-        Warns:
-            UserWarning: if training never showed this order; a checkpoint that was trained with a
-                random order among others knows them all.
-
-        Raises:
-            ValueError: if the image or the mask has the wrong shape or type, or the mask is empty.
-        """
-        image = check_image(image, self.layout, decoded=True).to(self.device, self.state_dtype)
-        if mask.shape != image.shape[2:] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask must have shape {tuple(image.shape[2:])} and type torch.bool, got "
-                f"{tuple(mask.shape)} and {mask.dtype}"
-            )
-        if not mask.any():
-            raise ValueError("mask must be True somewhere, got False everywhere")
-        drawn = mask.to(self.device).expand(image.shape)
-        known = ~(self.layout.tokens(drawn[:1].to(image.dtype))[0] > 0).any(-1)
-        count = len(image)
-        asked = count, num_groups, overlap, steps, order, step, guidance, seed, 0, True, None
-        with torch.no_grad():
-            run = begin(self, cond, *asked, Known(self.layout.tokens(image), known))
-            decoded = run.decoded()
-        return Decoded(torch.where(drawn, decoded.image, image), decoded.cost, decoded.overlap)
-
-    def regenerate(
-        self,
-        image: Float[Tensor, "B C H W"],
-        rows: tuple[int, int],
-        cond: Any = None,
-        *,
-        num_groups: int = 1,
-        overlap: float = 0.0,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        step: Step = Euler(),
-        guidance: float | Guidance = 0.0,
-        seed: int | torch.Generator | None = None,
-    ) -> Decoded:
-        """Draw the rows `first … stop - 1` anew; takes what `inpaint` takes.
-
-        Args:
-            rows: `(first, stop)`, in pixels.
-
-        Raises:
-            ValueError: if there are no such rows.
-        """
-        _, height, width = self.layout.image_shape
-        first, stop = rows
-        if not 0 <= first < stop <= height:
-            raise ValueError(f"rows must be (first, stop) within 0 … {height}, got {rows}")
-        mask = torch.zeros(height, width, dtype=torch.bool)
-        mask[first:stop] = True
-        return self.inpaint(
-            image,
-            mask,
-            cond,
-            num_groups=num_groups,
-            overlap=overlap,
-            steps=steps,
-            order=order,
-            step=step,
-            guidance=guidance,
-            seed=seed,
+    Raises:
+        UsageError: if there are no such rows.
+    """
+    height, width = image.shape[2:]
+    if not 0 <= start < stop <= height:
+        raise UsageError(
+            f"rows must satisfy 0 <= start < stop <= {height}, got {start} and {stop}"
         )
+    mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
+    mask[start:stop] = True
+    return mask
 
-    def variations(
-        self,
-        image: Float[Tensor, "B C H W"],
-        groups: Sequence[int],
-        cond: Any = None,
-        *,
-        num_groups: int,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        guidance: float | Guidance = 0.0,
-        seed: int | torch.Generator | None = None,
-        iterations: int = 8,
-    ) -> Decoded:
-        """Draw some groups from new noise and all others from their own.
 
-        The noise of a group is found by taking the Euler steps of its decode back, among the
-        finished groups before it. Groups before the first that is new come back nearly as they
-        were; those behind it are drawn from their own noise, and follow what is new before them.
+def group_mask(
+    decoder: Decoder,
+    groups: Sequence[int],
+    config: DecodeConfig | None = None,
+    **overrides: Any,
+) -> Bool[Tensor, "H W"]:
+    """True in the pixels of some groups.
 
-        Args:
-            image: in about [-1, 1].
-            groups: the groups that get new noise, from 0.
-            cond: the condition, see `decode`.
-            num_groups: groups of the decode, one after another.
-            steps: solver steps a group.
-            order: the decode order.
-            guidance: towards the condition.
-            seed: of the new noise.
-            iterations: network calls for each step that is taken back. More come nearer.
+    Args:
+        decoder: the decoder.
+        groups: indices of the groups, from 0.
+        config: the settings of the decoding.
+        **overrides: fields of `DecodeConfig`, such as `num_groups=4`.
 
-        Raises:
-            ValueError: if there is no such group, or the image has the wrong shape.
-        """
-        image = check_image(image, self.layout, decoded=True).to(self.device, self.state_dtype)
-        if any(not 0 <= group < num_groups for group in groups):
-            raise ValueError(f"groups must be in 0 … {num_groups - 1}, got {list(groups)}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be 1 or more, got {iterations}")
-        count = len(image)
-        asked = count, num_groups, 0.0, steps, order, Euler(), guidance, seed, 0, True, None
-        with torch.no_grad():
-            back, run = begin(self, cond, *asked), begin(self, cond, *asked)
-            tokens = self.layout.tokens(image)[:, run.order]
-            noise = back.noise(tokens, iterations=iterations)
-            ends = Grouping(self.layout.num_tokens, num_groups).ends
-            for group in groups:
-                new = slice(ends[group], ends[group + 1])
-                noise[:, new] = run.x_1[:, new]
-            # The meter that counted the way back goes on.
-            return replace(run, x_1=noise, denoiser=back.denoiser).decoded()
+    Raises:
+        UsageError: if there is no such group.
+    """
+    config = replace(config or DecodeConfig(), **overrides)
+    if any(not 0 <= group < config.num_groups for group in groups):
+        raise UsageError(f"groups must be in 0 … {config.num_groups - 1}, got {list(groups)}")
+    layout = decoder.layout
+    schedule = config.schedule(num_tokens=layout.num_tokens)
+    chosen = torch.isin(schedule.group, torch.tensor(list(groups)))
+    tokens = torch.zeros(layout.num_tokens)
+    tokens[decode_order(config.order, layout.coords)] = chosen.float()
+    image = layout.image(tokens[None, :, None].expand(1, -1, layout.token_dim))
+    return (image[0].amax(0) > 0).to(decoder.device)
+
+
+@torch.no_grad()
+def invert(
+    decoder: Decoder,
+    image: Float[Tensor, "B C H W"],
+    cond: Any = None,
+    *,
+    config: DecodeConfig | None = None,
+    iterations: int = 8,
+    **overrides: Any,
+) -> Float[Tensor, "B C H W"]:
+    """The noise from which `decode(cond, config, noise=…)` gives this image: DDIM inversion.
+
+    Group by group, each given the finished groups before it, the Euler steps are reversed. The
+    point from which a step leads to `x_s` is found by the fixed-point iteration
+    `x_t <- x_t + x_s - step(x_t)`, which is at rest where `step(x_t) = x_s`.
+
+    Args:
+        decoder: the decoder.
+        image: values about [-1, 1].
+        cond: the condition, see `Decoder.decode`.
+        config: the settings of the decoding, with overlap 0 and the solver `Euler()`.
+        iterations: network calls per step; more are more exact.
+        **overrides: fields of `DecodeConfig`, such as `num_groups=4`.
+
+    Raises:
+        UsageError: if the image has the wrong shape, or a setting is out of range.
+    """
+    config = replace(config or DecodeConfig(), **overrides)
+    if config.overlap != 0 or config.solver != Euler():
+        raise UsageError(
+            "config must have overlap 0 and the solver Euler() to be inverted, got overlap "
+            f"{config.overlap} and {config.solver}"
+        )
+    if iterations < 1:
+        raise UsageError(f"iterations must be 1 or more, got {iterations}")
+    image = check_image(image, decoder.layout, unbounded=True)
+    image = image.to(decoder.device, decoder.state_dtype)
+    run = decoder.prepare(cond, config, num_images=len(image), seed=0)
+    schedule, grid = run.schedule, run.denoiser.grid
+    x_t = decoder.layout.tokens(image)[:, run.order]
+    noise = x_t.clone()
+    for g in range(schedule.num_groups):
+        groups, span = range(g, g + 1), schedule.span(range(g, g + 1))
+        here, x_s = x_t[:, span], noise[:, span]
+        clean = x_s.clone()
+        for done in range(schedule.steps - 1, -1, -1):
+            t, s = grid.at(groups, (done,)), grid.at(groups, (done + 1,))
+            for _ in range(iterations):
+                with run.autocast_context():
+                    estimate = run.denoise(x_t, t, span)
+                here += x_s - s.point(estimate)
+            x_s = here.clone()
+        noise[:, span] = x_s
+        here.copy_(clean)  # the next groups are given it as finished
+    return decoder.layout.image(noise[:, run.order.argsort()])

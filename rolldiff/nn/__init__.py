@@ -1,5 +1,1 @@
-"""Backbones."""
-
-from rolldiff.nn.transformer import Transformer
-
-__all__ = ["Transformer"]
+"""Networks: they operate on tokens and know nothing about images or schedules."""

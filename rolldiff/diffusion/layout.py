@@ -1,11 +1,9 @@
-"""The layout: an orthonormal change between an image and its tokens.
+"""The layout: an orthonormal change of coordinates between an image and its tokens.
 
-A layout keeps lengths, so white noise in pixels is white noise in tokens and a likelihood means the
-same in both. Tokens come in **raster order** here; `grouping.py` says in which order they are
-decoded.
+A layout preserves lengths, so white noise in pixels is white noise in tokens, and a likelihood is
+the same in both. Tokens are in **raster order** here; `schedule.py` defines the decode order.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -15,26 +13,28 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Layout", "Patches", "check_image"]
+from rolldiff.errors import UsageError
+
+__all__ = ["Layout", "Patches"]
 
 
 @runtime_checkable
 class Layout(Protocol):
-    """What every layout offers. All sizes are in pixels or tokens."""
+    """The interface of a layout. All sizes are in pixels or tokens."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` of the images it cuts."""
+        """`(C, H, W)` of the images."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """`N`, the number of tokens of an image."""
+        """`N`, tokens per image."""
         ...
 
     @property
     def token_dim(self) -> int:
-        """`D`, the number of channels of a token."""
+        """`D`, channels per token."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class Layout(Protocol):
         ...
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
-        """Put tokens back together; the exact inverse of `tokens`."""
+        """Reassemble images; the exact inverse of `tokens`."""
         ...
 
 
@@ -60,10 +60,10 @@ class Patches:
     Args:
         image_size: height and width in pixels, or one number for a square image.
         channels: channels of the image.
-        patch: side of a patch in pixels; it divides the height and the width.
+        patch: side of a patch in pixels; must divide the height and the width.
 
     Raises:
-        ValueError: if a size is below 1 or `patch` does not divide the image.
+        UsageError: if a size is below 1 or `patch` does not divide the image.
     """
 
     image_size: int | Sequence[int]
@@ -77,13 +77,13 @@ class Patches:
             self, "image_size", (size, size) if isinstance(size, int) else tuple(size)
         )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(
+            raise UsageError(
                 f"image_size must be one or two sizes of 1 or more, got {self.image_size}"
             )
         if self.channels < 1:
-            raise ValueError(f"channels must be 1 or more, got {self.channels}")
+            raise UsageError(f"channels must be 1 or more, got {self.channels}")
         if self.patch < 1 or any(side % self.patch for side in self.size):
-            raise ValueError(
+            raise UsageError(
                 f"patch must divide image_size, got patch {self.patch} and image_size "
                 f"{self.image_size}"
             )
@@ -127,27 +127,3 @@ class Patches:
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         p, (h, w) = self.patch, self.grid
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
-
-
-def check_image(image: Tensor, layout: Layout, *, decoded: bool = False) -> Tensor:
-    """The image itself.
-
-    Args:
-        image: what a user gave.
-        layout: which images there are.
-        decoded: whether it may come from a decode, which goes a little beyond [-1, 1].
-
-    Raises:
-        ValueError: if it is not `[B, C, H, W]` as the layout has it, floating point, in [-1, 1].
-    """
-    shape = layout.image_shape
-    if image.ndim != 4 or image.shape[1:] != shape or not len(image):
-        raise ValueError(
-            f"image must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
-        )
-    if not image.is_floating_point():
-        raise ValueError(f"image must be floating point in [-1, 1], got {image.dtype}")
-    least, most = (float(end) for end in image.aminmax())
-    if not (decoded and math.isfinite(least + most)) and not -1.001 <= least <= most <= 1.001:
-        raise ValueError(f"image must be in [-1, 1], got {least:.4g} … {most:.4g}")
-    return image

@@ -1,0 +1,1 @@
+"""The mathematics of grouped diffusion: pure tensors, no network and no `nn.Module`."""

@@ -1,0 +1,284 @@
+"""The Gaussian process: how noise is added to a token, and what a prediction says about it.
+
+Conventions of the whole library:
+
+- Local time `t` runs from 0 (data) to 1 (noise). A solver goes from `t` to `s <= t`. Every token
+  has its own time: shape `[N]` or `[B, N]`, never a scalar, so that no batch is mistaken for
+  channels.
+- `x_t = alpha(t) x + sigma(t) eps`, with data `x` in [-1, 1] and unit Gaussian noise `eps`.
+- The ends are exact: `alpha(0) = sigma(1) = 1` and `sigma(0) = alpha(1) = 0`.
+- `log_snr = 2 log(alpha / sigma)`; the velocity is `dx_t/dt = alpha' x + sigma' eps`.
+
+A network predicts a fixed combination of data and noise, `y = a x + b eps`:
+
+    x: (1, 0)     eps: (0, 1)     v: (-sigma, alpha)     velocity: (alpha', sigma')
+
+Together with `x_t` this is a 2 x 2 linear system with determinant `det = alpha b - sigma a`:
+
+    x = (b x_t - sigma y) / det,        eps = (alpha y - a x_t) / det.
+
+An error `dy` of the prediction keeps `alpha dx + sigma deps = 0`. In the space of another
+prediction `z` it is therefore `(det_z / det_y) dy`: the space of the loss is only a weight.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rolldiff.errors import UsageError
+
+__all__ = [
+    "Cosine",
+    "Estimate",
+    "Inverse",
+    "NoiseSchedule",
+    "PerSampleNoise",
+    "Prediction",
+    "Rectified",
+    "coefficients",
+    "denoising_loss",
+    "inverse",
+    "loss_weight",
+    "to_x_eps",
+]
+
+# The loss weight is held constant closer than this to t = 0 and t = 1, because the ratio of two
+# determinants may have a pole at an end (Li and He 2025 clip at the same value).
+T_CLIP = 0.05
+
+Prediction = Literal["x", "eps", "v", "velocity"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule(ABC):
+    """Signal and noise levels, and their derivatives, as functions of the local time in [0, 1].
+
+    Args:
+        shift: `alpha / sigma` is divided by this factor, above 0, at every time. A factor above 1
+            spends more of the time at high noise (Esser et al. 2024, eq. 23; Hoogeboom et al. 2023,
+            eq. 4).
+
+    Raises:
+        UsageError: if `shift` is not a positive finite number.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise UsageError(f"shift must be a positive finite number, got {self.shift}")
+
+    @abstractmethod
+    def alpha(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+        """Signal level, decreasing from 1 to 0."""
+
+    @abstractmethod
+    def sigma(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+        """Noise level, increasing from 0 to 1."""
+
+    @abstractmethod
+    def rates(self, t: Float[Tensor, "*T"]) -> tuple[Float[Tensor, "*T"], Float[Tensor, "*T"]]:
+        """The time derivatives `(alpha', sigma')`."""
+
+    def log_snr(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+        """`2 log(alpha / sigma)`: plus infinity at t = 0, minus infinity at t = 1."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def add_noise(
+        self, x: Float[Tensor, "*B N D"], eps: Float[Tensor, "*B N D"], t: Float[Tensor, "*T N"]
+    ) -> Float[Tensor, "*B N D"]:
+        """`x_t = alpha(t) x + sigma(t) eps`, each token at its own time."""
+        return self.alpha(t)[..., None] * x + self.sigma(t)[..., None] * eps
+
+
+@dataclass(frozen=True)
+class Rectified(NoiseSchedule):
+    """Straight lines from data to noise: `alpha = 1 - t`, `sigma = t` at shift 1.
+
+    Liu et al. 2022 (rectified flow), Lipman et al. 2022 (flow matching).
+    """
+
+    def _scale(self, t: Tensor) -> Tensor:
+        return (1 - t) + self.shift * t
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t) / self._scale(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.shift * t / self._scale(t)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        rate = self.shift / self._scale(t) ** 2
+        return -rate, rate
+
+
+@dataclass(frozen=True)
+class Cosine(NoiseSchedule):
+    """A quarter circle: `alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)` at shift 1.
+
+    `alpha^2 + sigma^2 = 1` at any shift (Nichol and Dhariwal 2021; Salimans and Ho 2022).
+    """
+
+    def _circle(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The sine of the complement is exactly 0 at t = 1; the cosine is not.
+        c, q = torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+        return c, q, (c**2 + (self.shift * q) ** 2).sqrt()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        c, _, norm = self._circle(t)
+        return c / norm
+
+    def sigma(self, t: Tensor) -> Tensor:
+        _, q, norm = self._circle(t)
+        return self.shift * q / norm
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        c, q, norm = self._circle(t)
+        rate = math.pi / 2 * self.shift / norm**3
+        return -rate * self.shift * q, rate * c
+
+
+class Estimate(NamedTuple):
+    """The posterior means `E[x | x_t]` and `E[eps | x_t]` of some tokens."""
+
+    x: Tensor
+    eps: Tensor
+
+
+class Inverse(NamedTuple):
+    """`(x, eps) = from_x_t x_t + from_y y`; data and noise are stacked along the first axis."""
+
+    from_x_t: Float[Tensor, "2 *T"]
+    from_y: Float[Tensor, "2 *T"]
+
+
+def coefficients(
+    prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]
+) -> tuple[Float[Tensor, "*T"], Float[Tensor, "*T"]]:
+    """`(a, b)` of the prediction `y = a x + b eps` at the times `t`.
+
+    Raises:
+        UsageError: if there is no such prediction.
+    """
+    match prediction:
+        case "x":
+            return t.new_ones(t.shape), t.new_zeros(t.shape)
+        case "eps":
+            return t.new_zeros(t.shape), t.new_ones(t.shape)
+        case "v":
+            return -noise.sigma(t), noise.alpha(t)
+        case "velocity":
+            return noise.rates(t)
+    raise UsageError(
+        f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}"
+    )
+
+
+def _determinant(prediction: Prediction, noise: NoiseSchedule, t: Tensor) -> Tensor:
+    a, b = coefficients(prediction, noise, t)
+    return noise.alpha(t) * b - noise.sigma(t) * a
+
+
+def inverse(prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"]) -> Inverse:
+    """The inverse of the 2 x 2 system at the times `t`.
+
+    At t = 0 the system does not determine the noise: the result is not finite, and the caller masks
+    it. At t = 1 a prediction of the noise does not determine the data: the estimate is 0, the
+    middle of the data's range.
+    """
+    a, b = coefficients(prediction, noise, t)
+    alpha, sigma = noise.alpha(t), noise.sigma(t)
+    det = alpha * b - sigma * a
+    from_x_t, from_y = torch.stack([b, -a]) / det, torch.stack([-sigma, alpha]) / det
+    if prediction == "x":  # exact, also where the determinant is 0
+        from_x_t[0], from_y[0] = 0, 1
+    if prediction == "eps":
+        from_x_t[0], from_y[0] = (c[0].where(alpha > 0, 0.0) for c in (from_x_t, from_y))
+        from_x_t[1], from_y[1] = 0, 1
+    return Inverse(from_x_t, from_y)
+
+
+def to_x_eps(y: Float[Tensor, "B N D"], x_t: Float[Tensor, "B N D"], by: Inverse) -> Estimate:
+    """Data and noise from a network's prediction `y`.
+
+    Args:
+        y: the prediction.
+        x_t: what the network was shown.
+        by: the inverse at the tokens' times `[1, N, 1]`: data and noise are stacked in front.
+    """
+    return Estimate(*torch.addcmul(by.from_x_t * x_t, by.from_y, y).unbind(0))
+
+
+def loss_weight(
+    prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"], *, space: Prediction
+) -> Float[Tensor, "*T"]:
+    """`(det_space / det_prediction)^2`: a squared error of `prediction` in the space of another."""
+    return (_determinant(space, noise, t) / _determinant(prediction, noise, t)) ** 2
+
+
+def denoising_loss(
+    y: Float[Tensor, "B N D"],
+    x: Float[Tensor, "B N D"],
+    eps: Float[Tensor, "B N D"],
+    *,
+    t: Float[Tensor, "B N"],
+    noise: NoiseSchedule,
+    prediction: Prediction,
+    space: Prediction,
+) -> Float[Tensor, ""]:
+    """The mean squared error of a prediction over the moving tokens, in a given space.
+
+    Clean tokens (t = 0) and waiting tokens (t = 1) are context and carry no loss.
+    """
+    a, b = (c[..., None] for c in coefficients(prediction, noise, t))
+    error = (y - (a * x + b * eps)).square().mean(-1)
+    weight = loss_weight(prediction, noise, t.clamp(T_CLIP, 1 - T_CLIP), space=space)
+    moving = (t > 0) & (t < 1)
+    return (weight * error).where(moving, 0.0).sum() / moving.sum().clamp(min=1)
+
+
+class PerSampleNoise:
+    """Independent unit noise for the samples `start_index … start_index + batch - 1` of a seed.
+
+    Sample `i` of a seed is the same alone, in any batch and on any number of processes: its
+    generator is seeded by the pair (seed, i), and draws on the CPU (as in EDM2).
+
+    Args:
+        seed: a whole number of 0 or more; a generator, which then draws the seed; or None for a
+            seed from torch's global generator.
+        batch: number of samples.
+        start_index: index of the first sample.
+
+    Raises:
+        UsageError: if the seed or the index is negative or not a whole number.
+    """
+
+    def __init__(
+        self, seed: int | torch.Generator | None, batch: int, *, start_index: int = 0
+    ) -> None:
+        if seed is None or isinstance(seed, torch.Generator):
+            device = seed.device if seed is not None else None
+            seed = int(torch.randint(2**62, (1,), generator=seed, device=device))
+        if not (isinstance(seed, int) and isinstance(start_index, int)) or min(
+            seed, start_index
+        ) < 0:
+            raise UsageError(
+                "seed and start_index must be whole numbers of 0 or more, got "
+                f"{seed!r} and {start_index!r}"
+            )
+        # SeedSequence mixes the pair well; neighbouring seeds of a Mersenne twister are correlated.
+        states = (
+            np.random.SeedSequence((seed, start_index + i)).generate_state(1, np.uint64)[0]
+            for i in range(batch)
+        )
+        self._generators = [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in states]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Unit noise `[batch, *shape]` in float32 on the CPU."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators])
