@@ -19,7 +19,7 @@ ROOMS = [
     ["begin"],
     ["editing"],
     ["decoder"],
-    ["lit", "metrics", "pictures", "data", "integrations"],
+    ["lit", "evaluation", "data", "integrations"],
     ["callbacks", "report", "tokenizer"],
     ["prior"],
     ["generate"],
