@@ -88,7 +88,7 @@ class Images(L.LightningDataModule, ABC):
             ValueError: if an image is unreadable and `on_error` is `raise`, or if none is left.
         """
 
-    def decode(self, records: Sequence[Record]) -> Dataset:
+    def from_records(self, records: Sequence[Record]) -> Dataset:
         """A dataset of encoded images: decoded now if they fit into memory, else when indexed."""
         if len(records) * self.channels * self.image_size**2 <= MAX_BYTES_IN_MEMORY:
             return InMemoryImages(*load_images(records, self.load, on_error=self.on_error))

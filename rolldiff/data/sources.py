@@ -65,7 +65,7 @@ class Folder(Images):
         files = sorted(file for file in found if not any(p.startswith(".") for p in file.parts))
         classes = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         labels = (classes.index(f.parts[0]) if len(f.parts) > 1 else 0 for f in files)
-        return self.decode(
+        return self.from_records(
             [Record(str(root / f), root / f, label) for f, label in zip(files, labels, strict=True)]
         )
 
@@ -106,7 +106,7 @@ class Hub(Images):
         """The dataset; only the reference images when streaming."""
         table = self._table()
         if not self.streaming:
-            return self.decode(_TableRecords(table, self))
+            return self.from_records(_TableRecords(table, self))
         rows = enumerate(table.take(self.reference_images))
         records = (self.record(row, i) for i, row in rows)
         return InMemoryImages(*load_images(records, self.load, on_error=self.on_error))
