@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from rolldiff import Decoder
 from rolldiff.data import Digits
-from rolldiff.metrics import Pixels, feature_distance, train_classifier
+from rolldiff.evaluation.features import Pixels, train_classifier
+from rolldiff.evaluation.metrics import frechet_distance
 
 BATCH, EMA, WARMUP, CLASSES = 128, 0.998, 100, 10
 
@@ -152,7 +153,7 @@ def measured(
                 [draw(label, steps, 10 * seed + i) for i, label in enumerate(data.label.split(600))]
             )
             for name, extractor in extractors.items():
-                values[f"fd_{name}"].append(float(feature_distance(real[name], extractor(image))))
+                values[f"fd_{name}"].append(float(frechet_distance(real[name], extractor(image))))
         found = {
             key: {"mean": float(torch.tensor(v).mean()), "std": float(torch.tensor(v).std())}
             for key, v in values.items()

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from rolldiff.decoder import Decoder
+from rolldiff.evaluation.images import labelled_rows
 from rolldiff.lit import LitModel
-from rolldiff.pictures import rows
 
 __all__ = ["SampleGrid"]
 
@@ -51,4 +51,4 @@ class SampleGrid(Callback):
             for groups in self.num_groups
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows(page).save(self.folder / f"step-{trainer.global_step:06d}.png")
+        labelled_rows(page).save(self.folder / f"step-{trainer.global_step:06d}.png")

@@ -10,26 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
+from rolldiff.evaluation.metrics import pixel_distance, psnr
 from rolldiff.generate import Generation, timed
-from rolldiff.metrics import distance_between
-from rolldiff.pictures import film, rows, sheet
 from rolldiff.prior import Prior
 from rolldiff.report import Reported, check_ask, floor, some
 from rolldiff.tokenizer import Tokenizer
 
-__all__ = ["PriorReport", "TokenizerReport", "prior_of", "psnr"]
+__all__ = ["PriorReport", "TokenizerReport", "prior_of"]
 
 BATCH = 500
 SHOWN = 16
-
-
-def psnr(image: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in decibels, `10 log10(4 / mean squared error)` for [-1, 1].
-
-    The error is the mean over all images, and values are clipped first.
-    """
-    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square().mean()
-    return 10 * math.log10(4 / float(error))
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,8 @@ class TokenizerReport:
             drawn = torch.cat(parts)
             page[f"num_groups {num_groups}"] = drawn[:SHOWN]
             ratios[str(num_groups)] = psnr(image, drawn)
-            distances[str(num_groups)] = distance_between(image, drawn)
-        rows(page).save(folder / "reconstructions.png")
+            distances[str(num_groups)] = pixel_distance(image, drawn)
+        labelled_rows(page).save(folder / "reconstructions.png")
         used = codes.flatten().bincount(minlength=model.codes) / codes.numel()
         perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
         lines = ["num_groups  psnr (dB)  fd_pixels"]
@@ -150,14 +141,15 @@ class PriorReport:
         seen = {tuple(row) for row in real.tolist()}
         known = sum(tuple(row) in seen for row in torch.cat(codes).tolist()) / len(image)
         chosen = torch.cat([(label == c).nonzero()[:2, 0] for c in label.unique()])[:20]
-        rows({"data": image[chosen], "generated": generated[chosen]}).save(folder / "samples.png")
+        page = {"data": image[chosen], "generated": generated[chosen]}
+        labelled_rows(page).save(folder / "samples.png")
         cond = int(label[0]) if model.condition.parts else None
         generation = Generation(model, tokenizer, cond=cond, seed=seed, settings=settings)
         timed(generation, wait=False)  # the first one warms up
         arriving, waiting = timed(generation, wait=False), timed(generation, wait=True)
-        pages = [sheet(frame.image) for frame in generation.stream()]
-        film(pages, folder / "stream.gif")
-        distance = distance_between(image, generated)
+        frames = [make_grid(frame.image) for frame in generation.stream()]
+        save_gif(frames, folder / "stream.gif")
+        distance = pixel_distance(image, generated)
         table = [
             f"generated images: fd_pixels {distance:.3f}",
             f"sequences that the data has too: {known:.0%}",

@@ -44,8 +44,8 @@ def decode(cfg: DictConfig) -> None:
     """Draw images, or a film of their decode."""
     from hydra.utils import instantiate
 
+    from rolldiff.evaluation.images import make_grid, save_gif
     from rolldiff.lit import load
-    from rolldiff.pictures import film, sheet
     from rolldiff.run import compile_in_place, named_device, named_dtype
 
     if cfg.ckpt is None:
@@ -68,11 +68,11 @@ def decode(cfg: DictConfig) -> None:
         compile_in_place(decoder)
     if out.suffix.lower() == ".gif":
         frames = decoder.stream(cond, frames=cfg.frames, **ask)
-        film((sheet(frame.image) for frame in frames), out)
+        save_gif((make_grid(frame.image) for frame in frames), out)
         print(out)
         return
     decoded = decoder.decode(cond, **ask)
-    sheet(decoded.image).save(out)
+    make_grid(decoded.image).save(out)
     cost = decoded.cost
     print(
         f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
@@ -100,8 +100,8 @@ def _labels(cfg: DictConfig, classes: int) -> Any:
 
 def generate(cfg: DictConfig) -> None:
     """Write codes and draw the pictures behind them."""
+    from rolldiff.evaluation.images import make_grid, save_gif
     from rolldiff.generate import Generation
-    from rolldiff.pictures import film, sheet
     from rolldiff.prior import Prior
     from rolldiff.run import named_device
     from rolldiff.tokenizer import Tokenizer
@@ -122,9 +122,9 @@ def generate(cfg: DictConfig) -> None:
         settings={"num_groups": cfg.num_groups, "overlap": cfg.overlap, "steps": cfg.steps},
     )
     if out.suffix.lower() == ".gif":
-        film((sheet(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
+        save_gif((make_grid(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
     else:
-        sheet(generation.images()).save(out)
+        make_grid(generation.images()).save(out)
     print(f"{out}: {cfg.num_images} images of {prior.num_tokens} codes")
 
 

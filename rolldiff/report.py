@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rolldiff.decoder import Decoder
+from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
+from rolldiff.evaluation.metrics import pixel_distance
 from rolldiff.grouping import Grouping
-from rolldiff.metrics import distance_between
-from rolldiff.pictures import film, rows, sheet
 from rolldiff.schedule import RollingSchedule
 
 __all__ = [
@@ -184,13 +184,13 @@ def distances(
                 cond, num_images=count, num_groups=groups, steps=steps, seed=seed, first=first
             )
             drawn.append(decoded.image.cpu())
-        found[str(groups)] = distance_between(image, torch.cat(drawn))
+        found[str(groups)] = pixel_distance(image, torch.cat(drawn))
     return found
 
 
 def floor(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float:
     """The mean distance between two random halves of the images."""
-    return sum(distance_between(*pair) for pair in halves(image, splits)) / splits
+    return sum(pixel_distance(*pair) for pair in halves(image, splits)) / splits
 
 
 def halves(rows: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,7 +224,7 @@ def pictures(
     for groups in num_groups:
         decoded = decoder.decode(cond, num_images=count, num_groups=groups, steps=steps, seed=seed)
         page[f"num_groups {groups}"] = decoded.image
-    rows(page).save(folder / "samples.png")
+    labelled_rows(page).save(folder / "samples.png")
     several = min(num_groups, key=lambda groups: abs(groups - 8))  # enough to see them move
     frames = decoder.stream(
         cond,
@@ -234,4 +234,4 @@ def pictures(
         steps=steps,
         seed=seed,
     )
-    film((sheet(frame.image, columns=10) for frame in frames), folder / "stream.gif")
+    save_gif((make_grid(frame.image, columns=10) for frame in frames), folder / "stream.gif")

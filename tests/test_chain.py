@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from rolldiff import Decoder, TokenGrid, Training, chain
-from rolldiff.chain import PriorReport, TokenizerReport, psnr
+from rolldiff.chain import PriorReport, TokenizerReport
 from rolldiff.cli import config_dir
 from rolldiff.generate import Generation, timed
 from rolldiff.nn.encoder import Encoder
@@ -252,11 +252,6 @@ def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
             several = {"num_groups": [wrong.get("num_groups", 1)]}
             with pytest.raises(ValueError, match=words):
                 TokenizerReport(**(wrong | several)).check(tokenizer)
-
-
-def test_psnr():
-    image = torch.zeros(2, 1, 4, 4)
-    assert psnr(image, image + 0.2) == pytest.approx(20)  # 10 log10(4 / 0.04)
 
 
 def test_what_does_not_belong_together(tokenizer, prior):

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from rolldiff import Decoder
-from rolldiff.data import Digits, Folder, Hub, images
-from rolldiff.data.draws import Draws
+from rolldiff.data import Digits, Folder, Hub, module
+from rolldiff.data.datasets import ResumableSampler
 from rolldiff.lit import LitModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -88,14 +88,14 @@ def test_pictures_are_cut_to_a_square_and_resized(tmp_path):
     array[:, 10:30] = 255  # the middle square
     Image.fromarray(array).save(tmp_path / "wide.png")
     Image.fromarray(array.T).save(tmp_path / "tall.png")
-    data = Folder(path=str(tmp_path), image_size=10, channels=3, reference=2)
+    data = Folder(path=str(tmp_path), image_size=10, channels=3, reference_images=2)
     assert data.image.shape == (2, 3, 10, 10)
     assert (data.image > 0.8).all()  # black is beyond the cut
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_cannot_be_read_is_named(folder, in_memory, monkeypatch):
-    monkeypatch.setattr(images, "IN_MEMORY", 2**32 if in_memory else 0)
+    monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 2**32 if in_memory else 0)
     (folder / "cat" / "notes.txt").write_text("no picture")
     (folder / ".DS_Store").write_text("hidden files are nobody's pictures")
     ask = {"path": str(folder), "image_size": 8, "channels": 1, "batch_size": 13, "max_steps": 1}
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_named(folder, in_memory, monkeypatch):
         image, _ = next(iter(Folder(**ask).train_dataloader()))
     assert len(image) == 13  # none is missing from the batch
     with pytest.raises(ValueError, match=r"pictures, got .*notes\.txt"):
-        Folder(**ask, corrupt="refuse").train_dataloader()
+        Folder(**ask, on_error="raise").train_dataloader()
 
 
 def test_every_image_comes_once_in_an_epoch_and_mirrored_once(folder):
@@ -128,22 +128,23 @@ def test_the_split_is_fixed_by_the_seed(folder):
     assert trained_on(held_out=0.25, seed=1) != trained_on(held_out=0.25, seed=2)
 
 
-def test_processes_share_a_batch_and_a_resumed_order_goes_on():
-    ask = {"batches": 4, "seed": 3}
-    whole = torch.stack(list(Draws(10, batch_size=6, **ask)))
-    shares = [torch.stack(list(Draws(10, batch_size=3, rank=r, world=2, **ask))) for r in (0, 1)]
+def test_processes_share_a_batch_and_a_resumed_order_continues():
+    def order(**settings):
+        return torch.stack(list(ResumableSampler(10, batches_per_epoch=4, seed=3, **settings)))
+
+    whole = order(batch_size=6)
+    shares = [order(batch_size=3, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(torch.cat(shares, dim=1), whole)
-    rest = torch.stack(list(Draws(10, batch_size=6, done=lambda: 3, **ask)))
-    assert torch.equal(rest, whole[3:])
+    assert torch.equal(order(batch_size=6, batches_done=lambda: 3), whole[3:])
     assert (whole.flatten()[:20].view(2, 10).sort().values == torch.arange(10)).all()
-    further = torch.stack(list(Draws(10, batch_size=6, done=lambda: 4, **ask)))
-    assert not torch.equal(further, whole)
+    assert not torch.equal(order(batch_size=6, batches_done=lambda: 4), whole)
 
 
 def test_another_seed_is_another_order_in_every_epoch():
     def order(seed, epoch):
-        draws = Draws(50, batch_size=50, batches=1, seed=seed, done=lambda: epoch)
-        return tuple(next(iter(draws)).tolist())
+        settings = {"batch_size": 50, "batches_per_epoch": 1, "seed": seed}
+        sampler = ResumableSampler(50, **settings, batches_done=lambda: epoch)
+        return tuple(next(iter(sampler)).tolist())
 
     orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
@@ -177,7 +178,7 @@ def test_streaming_goes_on_where_it_was(shards, monkeypatch):
             channels=3,
             image_size=8,
             streaming=True,
-            reference=5,
+            reference_images=5,
             batch_size=size,
             max_steps=5,
         )
@@ -198,8 +199,8 @@ def test_streaming_goes_on_where_it_was(shards, monkeypatch):
         {"batch_size": 0},
         {"channels": 2},
         {"held_out": 1.0},
-        {"reference": 1},
-        {"corrupt": "ignore"},
+        {"reference_images": 1},
+        {"on_error": "ignore"},
         {"path": None},
         {"streaming": True},
     ],

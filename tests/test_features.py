@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rolldiff.metrics import (
+from rolldiff.evaluation import features
+from rolldiff.evaluation.features import (
     Classifier,
     Inception,
     Pixels,
     ResNet56,
-    classifier,
-    described,
-    feature_distance,
-    networks,
+    as_extractor,
     train_classifier,
 )
+from rolldiff.evaluation.metrics import frechet_distance
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS = SHARED / "weights" / "resnet56-cifar10.safetensors"
@@ -81,7 +80,7 @@ def stripes(count, size=8):
 
 
 def all_extractors(resnet):
-    return [Pixels(), Classifier(3, 4), resnet, described(Mean())]
+    return [Pixels(), Classifier(3, 4), resnet, as_extractor(Mean())]
 
 
 def test_frozen_and_deaf_to_who_calls(resnet):
@@ -99,7 +98,7 @@ def test_frozen_and_deaf_to_who_calls(resnet):
         # Alone or in a batch, an image has the same features.
         single = torch.cat([extractor(part) for part in image.split(1)])
         torch.testing.assert_close(single, expected, rtol=1e-3, atol=1e-4)
-        assert feature_distance(expected, extractor(image)) == pytest.approx(0, abs=1e-6)
+        assert frechet_distance(expected, extractor(image)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -112,7 +111,7 @@ def test_wrong_shapes(resnet):
 
 
 def test_names_and_hashes(resnet):
-    found = [(e.name, e.distance) for e in all_extractors(resnet)]
+    found = [(e.name, e.distance_name) for e in all_extractors(resnet)]
     assert found == [
         ("pixels", "fd_pixels"),
         ("classifier", "fd_classifier"),
@@ -127,40 +126,40 @@ def test_names_and_hashes(resnet):
 
 def test_the_hash_is_that_of_the_weights():
     module = Mean()
-    extractor = described(module)
+    extractor = as_extractor(module)
     before = extractor.hash
     twin = Mean()
     twin.load_state_dict(module.state_dict())
-    assert described(twin).hash == before
+    assert as_extractor(twin).hash == before
     twin.norm.running_mean[1] += 1e-6  # of what is no parameter too
-    assert described(twin).hash != before
+    assert as_extractor(twin).hash != before
     # The bytes as they lie in the file, whoever reads this in ten years.
-    known = described(nn.Flatten())
+    known = as_extractor(nn.Flatten())
     assert known.hash == hashlib.sha256(b"flatten").hexdigest()[:12]
     linear = nn.Linear(1, 1, bias=False)
     nn.init.ones_(linear.weight)
     text = b"weight torch.float32 (1, 1) " + b"\x00\x00\x80\x3f"
-    assert described(linear).hash == hashlib.sha256(text).hexdigest()[:12]
+    assert as_extractor(linear).hash == hashlib.sha256(text).hexdigest()[:12]
 
 
-def test_described():
+def test_as_extractor():
     module = Mean()
-    assert described(module, name="vit_b").distance == "fd_vit_b"
+    assert as_extractor(module, name="vit_b").distance_name == "fd_vit_b"
     pixels = Pixels()
-    assert described(pixels) is pixels
+    assert as_extractor(pixels) is pixels
     module.name, module.hash = "mine", "0123456789ab"
-    assert (described(module).name, described(module).hash) == ("mine", "0123456789ab")
+    assert (as_extractor(module).name, as_extractor(module).hash) == ("mine", "0123456789ab")
     with pytest.raises(ValueError, match="name must be of lower-case letters.*got 'ViT-B'"):
-        described(module, name="ViT-B")
+        as_extractor(module, name="ViT-B")
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [lambda image: image, lambda image: image[1:, :, 0, 0], str])
-def test_described_holds_a_module_to_the_contract(wrong):
+def test_as_extractor_holds_a_module_to_the_contract(wrong):
     module = nn.Identity()
     module.forward = wrong
     with pytest.raises(ValueError, match="features must be a tensor of shape"):
-        described(module)(torch.zeros(3, 1, 4, 4))
+        as_extractor(module)(torch.zeros(3, 1, 4, 4))
 
 
 # The classifier
@@ -201,7 +200,7 @@ def test_it_is_kept(tmp_path, monkeypatch):
     (path,) = (tmp_path / "rolldiff").iterdir()
     assert path.suffix == ".safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(classifier, "_train", lambda *_: pytest.fail("it was trained again"))
+        patch.setattr(features, "_train", lambda *_, **__: pytest.fail("it was trained again"))
         second = train_classifier(image.double(), label.int(), steps=5, folder=path.parent)
     assert (second.hash, second.accuracy) == (first.hash, first.accuracy)
     assert torch.equal(second(image), first(image))
@@ -278,7 +277,7 @@ def test_digits(tmp_path):
 
 def test_a_block_equals_its_parts():
     """Option A: the shortcut has every second pixel and zeros in the new channels."""
-    block = networks._Block(4, 8).eval()
+    block = features._ResNetBlock(4, 8).eval()
     x = torch.randn(2, 4, 6, 6)
     nn.init.zeros_(block.bn2.weight)
     expected = torch.zeros(2, 8, 3, 3)
@@ -374,15 +373,15 @@ def test_inception_sees_saved_images(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(B, 1 or 3, H, W\), got \(2, 2, 4, 4\)"):
         extractor(torch.zeros(2, 2, 4, 4))
     # Only the published weights give an FID.
-    assert extractor.distance == "fd_inception"
+    assert extractor.distance_name == "fd_inception"
     extractor.published = True
-    assert extractor.distance == "fid"
+    assert extractor.distance_name == "fid"
     assert not any(p.requires_grad for p in extractor.parameters())
 
 
 @pytest.mark.usefixtures("fidelity")
 def test_a_file_that_is_not_the_one_in_its_name(tmp_path):
-    path = tmp_path / networks.INCEPTION
+    path = tmp_path / features.INCEPTION
     with pytest.raises(
         ValueError, match=r"must be weights-inception-2015-12-05-6726825d\.pth from"
     ):

@@ -1,54 +1,29 @@
+"""Metrics against closed forms, torchmetrics and loops over their definitions."""
+
 import pytest
 import torch
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from rolldiff import Grouping
-from rolldiff.metrics import (
-    FrechetDistance,
-    KernelDistance,
-    PrecisionRecall,
-    by_band,
-    distance_between,
-    feature_distance,
+from rolldiff.evaluation import metrics
+from rolldiff.evaluation.metrics import (
+    band_distances,
     frechet_distance,
-    kernel,
-    neighbours,
+    kernel_distance,
+    pixel_distance,
     precision_recall,
-    seams,
+    psnr,
+    seam_ratio,
 )
 
 
-def test_closed_form_for_gaussians():
-    """Commuting covariances: the sum over axes of squared differences of standard deviations."""
-    a, b = torch.rand(2, 5, dtype=torch.float64) + 0.1
-    mean_a, mean_b = torch.randn(2, 5, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
-    covariances = ((turn * s**2) @ turn.T for s in (a, b))
-    cov_a, cov_b = covariances
-    expected = (mean_a - mean_b).square().sum() + (a - b).square().sum()
-    torch.testing.assert_close(frechet_distance(mean_a, cov_a, mean_b, cov_b), expected)
-
-
-def test_equal_to_torchmetrics_on_the_same_features():
-    real, fake = torch.randn(300, 8), 1.3 * torch.randn(200, 8) + 0.2
-    metric = FrechetDistance(8)
-    for batch in real.split(70):
-        metric.update(batch, real=True)
-    metric.update(fake, real=False)
-    expected = _compute_fid(*moments(real, fake))
-    torch.testing.assert_close(metric.compute(), expected, rtol=1e-8, atol=1e-10)
-
-
-def test_immune_to_autocast_and_zero_for_the_same_set():
-    f = torch.randn(100, 4) + 100
-    metric = FrechetDistance(4)
-    with torch.autocast("cpu", torch.bfloat16):
-        metric.update(f, real=True)
-        metric.update(f, real=False)
-        value = metric.compute()
-    assert value.dtype == torch.float64
-    assert abs(value) < 1e-8
+def of_gaussians(mean_a, cov_a, mean_b, cov_b):
+    """The Fréchet distance from means and covariances, by two symmetric eigenvalue problems."""
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
 def moments(*sides):
@@ -56,7 +31,7 @@ def moments(*sides):
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_feature_distance_is_the_closed_form_for_gaussians(few):
+def test_frechet_distance_is_the_closed_form_for_gaussians(few):
     """Samples with the wanted moments exactly; with few, one side spans fewer axes than there are.
 
     Covariances that commute: the sum over axes of squared differences of standard deviations.
@@ -74,26 +49,26 @@ def test_feature_distance_is_the_closed_form_for_gaussians(few):
         white = torch.nn.functional.pad(white, (0, size - white.shape[1]))
         return white * (count - 1) ** 0.5 * scale @ turn.T + mean
 
-    found = feature_distance(samples(40, a, mean_a), samples(5 if few else 30, b, mean_b))
+    found = frechet_distance(samples(40, a, mean_a), samples(5 if few else 30, b, mean_b))
     expected = (mean_a - mean_b).square().sum() + (a - b).square().sum()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("counts", [(300, 200), (20, 200), (200, 20), (20, 12), (17, 16)])
-def test_feature_distance_equals_both_eigenvalue_forms(counts):
+def test_frechet_distance_equals_both_eigenvalue_forms(counts):
     """Ours and that of torchmetrics; covariances of few samples cost those half of the digits."""
     size = 16
     real = torch.randn(counts[0], size, dtype=torch.float64) + 3
     fake = torch.randn(counts[1], size, dtype=torch.float64) @ torch.randn(size, size).double()
     tolerance = 1e-9 if min(counts) > size else 1e-6
-    found = feature_distance(real, fake)
-    for form in (frechet_distance, _compute_fid):
+    found = frechet_distance(real, fake)
+    for form in (of_gaussians, _compute_fid):
         other = form(*moments(real, fake))
         torch.testing.assert_close(found, other, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found, feature_distance(fake, real), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, frechet_distance(fake, real), rtol=1e-10, atol=1e-10)
 
 
-def test_feature_distance_of_fewer_samples_than_features():
+def test_frechet_distance_of_fewer_samples_than_features():
     """Its digits are all there: a set is at distance 0 of itself, moved it is the square of that.
 
     The eigenvalue form is off by the square root of the rounding, once for each missing axis.
@@ -101,35 +76,31 @@ def test_feature_distance_of_fewer_samples_than_features():
     real = torch.randn(20, 300, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64)).Q
     turned = turn @ (real - real.mean(0)) + 100
-    assert abs(feature_distance(real, real)) < 1e-10
-    assert abs(feature_distance(real, real + 0.1) - 3) < 1e-10
+    assert abs(frechet_distance(real, real)) < 1e-10
+    assert abs(frechet_distance(real, real + 0.1) - 3) < 1e-10
     torch.testing.assert_close(
-        feature_distance(real, turned),
-        frechet_distance(*moments(real, turned)),
+        frechet_distance(real, turned),
+        of_gaussians(*moments(real, turned)),
         rtol=1e-6,
         atol=1e-4,
     )
 
 
-def test_feature_distance_is_immune_to_autocast():
+def test_frechet_distance_is_immune_to_autocast():
     real, fake = torch.randn(50, 4) + 100, torch.randn(3, 4) + 100
     with torch.autocast("cpu", torch.bfloat16):
-        found = feature_distance(real, fake)
+        found = frechet_distance(real, fake)
     assert found.dtype == torch.float64
-    assert found == feature_distance(real.double(), fake.double())
+    assert found == frechet_distance(real.double(), fake.double())
     images = real.view(50, 1, 2, 2), fake.view(3, 1, 2, 2)
-    assert distance_between(*images) == float(found)
+    assert pixel_distance(*images) == float(found)
 
 
 def test_kernel_distance_is_that_of_torchmetrics_on_all_samples(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 64)  # several blocks, the last one ragged
+    monkeypatch.setattr(metrics, "BLOCK", 64)  # several blocks, the last one ragged
     real, fake = torch.randn(150, 8), 1.3 * torch.randn(150, 8) + 0.2
-    metric = KernelDistance(8)
-    for batch in real.split(70):
-        metric.update(batch, real=True)
     with torch.autocast("cpu", torch.bfloat16):
-        metric.update(fake, real=False)
-        found = metric.compute()
+        found = kernel_distance(real, fake)
     torch.testing.assert_close(found, poly_mmd(real.double(), fake.double()))
 
 
@@ -138,7 +109,7 @@ def test_kernel_distance_is_unbiased():
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack(
         [
-            kernel.kernel_distance(*torch.randn(2, 20, 4, generator=generator, dtype=torch.float64))
+            kernel_distance(*torch.randn(2, 20, 4, generator=generator, dtype=torch.float64))
             for _ in range(400)
         ]
     )
@@ -147,11 +118,8 @@ def test_kernel_distance_is_unbiased():
 
 def test_precision_and_recall(monkeypatch):
     """Against loops over the definition."""
-    monkeypatch.setattr(neighbours, "BLOCK", 8)
+    monkeypatch.setattr(metrics, "BLOCK", 8)
     real, fake = torch.randn(20, 3), torch.randn(15, 3)
-    metric = PrecisionRecall(3, neighbours=2)
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
 
     def share(points, centres):
         inside = 0
@@ -160,9 +128,9 @@ def test_precision_and_recall(monkeypatch):
             inside += any((point - c).norm() <= r for c, r in zip(centres, balls, strict=True))
         return inside / len(points)
 
-    found = metric.compute()
-    assert found["precision"] == pytest.approx(share(fake.double(), real.double()))
-    assert found["recall"] == pytest.approx(share(real.double(), fake.double()))
+    precision, recall = precision_recall(real, fake, k=2)
+    assert float(precision) == pytest.approx(share(fake.double(), real.double()))
+    assert float(recall) == pytest.approx(share(real.double(), fake.double()))
 
 
 def test_precision_and_recall_of_what_is_known():
@@ -177,54 +145,43 @@ def test_precision_and_recall_of_what_is_known():
         precision_recall(real, real[:3])
 
 
-def test_seams():
+def test_seam_ratio():
     group = Grouping(8, 4).group[:, None].expand(8, 8)
     real = torch.rand(200, 1, 8, 8)
-    assert seams(real, real, group) == 1
+    assert seam_ratio(real, real, group) == 1
     steps = real + 3 * group  # each group a level higher: the boundary is all the same height
     expected = steps.diff(dim=2)[:, :, 1::2].mean() / real.diff(dim=2)[:, :, 1::2].abs().mean()
-    assert float(seams(steps, real, group)) == pytest.approx(float(expected), rel=1e-4)
-    assert seams(steps, real, group) > 5
+    assert float(seam_ratio(real, steps, group)) == pytest.approx(float(expected), rel=1e-4)
+    assert seam_ratio(real, steps, group) > 5
     with pytest.raises(ValueError, match="neighbouring pixels of two groups"):
-        seams(real, real, torch.zeros(8, 8, dtype=torch.long))
+        seam_ratio(real, real, torch.zeros(8, 8, dtype=torch.long))
 
 
-def test_by_band_sees_drift():
+def test_band_distances_show_drift():
     real, fake = torch.randn(2, 500, 1, 8, 8)
     fake = fake + torch.linspace(0, 2, 8)[:, None]
-    found = by_band(fake, real)
+    found = band_distances(real, fake)
     assert len(found) == 4
     assert found == sorted(found)
     assert found[-1] > 10 * found[0]
-    whole = FrechetDistance(64)
-    whole.update(real.flatten(1), real=True)
-    whole.update(fake.flatten(1), real=False)
-    assert by_band(fake, real, bands=1)[0] == pytest.approx(float(whole.compute()))
+    whole = of_gaussians(*moments(real.flatten(1), fake.flatten(1)))
+    assert band_distances(real, fake, bands=1)[0] == pytest.approx(float(whole))
     with pytest.raises(ValueError, match="bands must be in 1 … 8"):
-        by_band(fake, real, bands=9)
+        band_distances(real, fake, bands=9)
+
+
+def test_psnr():
+    image = torch.zeros(2, 1, 4, 4)
+    assert psnr(image, image + 0.2) == pytest.approx(20)  # 10 log10(4 / 0.04)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, PrecisionRecall])
-def test_bad_features(kind):
-    metric = kind(4)
-    with pytest.raises(ValueError, match=r"features must have shape \(B, 4\)"):
-        metric.update(torch.zeros(3, 5), real=True)
-    metric.update(torch.zeros(1, 4), real=True)
-    with pytest.raises(ValueError, match="two real samples"):
-        metric.compute()
-    metric.update(torch.zeros(3, 4), real=True)
-    with pytest.raises(ValueError, match="two fake samples"):
-        metric.compute()
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_bad_features_of_feature_distance():
+def test_bad_features_of_frechet_distance():
     good = torch.randn(5, 4)
     with pytest.raises(ValueError, match=r"features must have shape \(B, 4\), got \(3, 5\)"):
-        feature_distance(good, torch.zeros(3, 5))
+        frechet_distance(good, torch.zeros(3, 5))
     for args, side in (((good[:1], good), "real"), ((good, good[:1]), "fake")):
         with pytest.raises(ValueError, match=f"two {side} samples are needed at least, got 1"):
-            feature_distance(*args)
+            frechet_distance(*args)
     with pytest.raises(ValueError, match="features must be finite, got fake ones"):
-        feature_distance(good, good.log())
+        frechet_distance(good, good.log())

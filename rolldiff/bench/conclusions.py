@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rolldiff.bench.measure import Bench
 from rolldiff.bench.results import setting_of
 from rolldiff.bench.settings import Setting
-from rolldiff.metrics import feature_distance, kernel_distance
+from rolldiff.evaluation.metrics import frechet_distance, kernel_distance
 from rolldiff.report import halves
 
 __all__ = [
@@ -145,7 +145,7 @@ def floors(common: Bench, *, splits: int = 5) -> dict[str, float]:
         features = common.features[name]
         totals = [0.0, 0.0]
         for a, b in halves(features, splits):
-            totals[0] += float(feature_distance(a, b)) / splits
+            totals[0] += float(frechet_distance(a, b)) / splits
             totals[1] += float(kernel_distance(a[: common.pairs], b[: common.pairs])) / splits
-        found[extractor.distance], found[f"kd_{name}"] = totals
+        found[extractor.distance_name], found[f"kd_{name}"] = totals
     return found

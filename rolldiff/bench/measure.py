@@ -17,10 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from rolldiff.bench.settings import Setting
 from rolldiff.bench.share import Share
 from rolldiff.decoder import Decoded, Decoder
+from rolldiff.evaluation.features import Extractor
+from rolldiff.evaluation.metrics import (
+    band_distances,
+    boundaries,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    seam_ratio,
+)
 from rolldiff.grouping import Grouping, decode_order
-from rolldiff.metrics import by_band, feature_distance, kernel_distance, precision_recall, seams
-from rolldiff.metrics.features import Extractor
-from rolldiff.metrics.seams import boundaries
 from rolldiff.step import Step
 
 __all__ = ["Bench", "Cell", "features_of"]
@@ -149,17 +155,17 @@ class Bench:
         found: dict[str, Any] = {}
         for name, extractor in self.extractors.items():
             real, fake = self.features[name], torch.cat([b.features[name] for b in batches])
-            found[extractor.distance] = float(feature_distance(real, fake))
+            found[extractor.distance_name] = float(frechet_distance(real, fake))
             real, fake = real[: self.pairs], fake[: self.pairs]
             found[f"kd_{name}"] = float(kernel_distance(real, fake))
             precision, recall = precision_recall(real, fake)
             found[f"precision_{name}"] = float(precision)
             found[f"recall_{name}"] = float(recall)
-        image = torch.cat([b.image for b in batches])
+        real, fake = self.image, torch.cat([b.image for b in batches])
         if (group := self._groups(setting)) is not None:
-            found["seams"] = float(seams(image, self.image, group))
-        bands = min(BANDS, image.shape[2])
-        found["by_band"] = by_band(image[: self.pairs], self.image[: self.pairs], bands=bands)
+            found["seams"] = float(seam_ratio(real, fake, group))
+        bands = min(BANDS, real.shape[2])
+        found["by_band"] = band_distances(real[: self.pairs], fake[: self.pairs], bands=bands)
         return found
 
     def _groups(self, setting: Setting) -> Int[Tensor, "H W"] | None:

@@ -9,7 +9,7 @@ from rolldiff.bench.measure import Bench
 from rolldiff.bench.plots import curves, matrices
 from rolldiff.bench.settings import Setting
 from rolldiff.bench.tables import by_manner, compared, every_cell, fronts, of_the_best, of_the_price
-from rolldiff.pictures import rows as picture_rows
+from rolldiff.evaluation.images import labelled_rows
 from rolldiff.step import Step
 
 __all__ = ["write_report"]
@@ -26,7 +26,7 @@ def write_report(
     steps: Mapping[str, Step],
 ) -> None:
     """Write `report.md`, `cost*.png`, `samples_equal_*.png` and `matrices.png`."""
-    distances = [extractor.distance for extractor in common.extractors.values()]
+    distances = [extractor.distance_name for extractor in common.extractors.values()]
     main = distances[0]
     cells = points(rows, main)
     manners = _manners(cells)
@@ -106,7 +106,7 @@ def _pictures(here: Sequence[Point], folder: Path, common: Bench, steps: Mapping
                 decoded = common.decode(cell.setting, step, seed=common.seeds[0], count=SHOWN)
                 page[f"{cell.setting.words()}: {axis} {cell.cost(axis):g}"] = decoded.image.cpu()
         file = f"samples_equal_{axis}.png"
-        picture_rows(page).save(folder / file)
+        labelled_rows(page).save(folder / file)
         shown.append(
             f"At {axis} {budget:g}, or as near below as was measured:\n\n![samples]({file})\n"
         )

@@ -22,8 +22,8 @@ from rolldiff.bench.results import Results, Timings
 from rolldiff.bench.settings import Setting, counted, grid, matched
 from rolldiff.bench.share import Share, shared
 from rolldiff.decoder import Decoder
+from rolldiff.evaluation.features import Extractor, as_extractor, short_hash
 from rolldiff.lit import load
-from rolldiff.metrics.features import Extractor, described, short_hash
 from rolldiff.report import device_name
 from rolldiff.run import compile_in_place, named_device, named_dtype
 from rolldiff.step import Step
@@ -139,7 +139,7 @@ def _extractor(cfg: DictConfig, name: str, image: torch.Tensor, label: torch.Ten
     made = instantiate(cfg)
     if not isinstance(made, nn.Module):  # a training on the data
         made = made(image, label)
-    return described(made, name=name)
+    return as_extractor(made, name=name)
 
 
 def _data(cfg: DictConfig) -> Any:

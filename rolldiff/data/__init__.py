@@ -1,8 +1,6 @@
-"""Sources of images."""
+"""Image sources as Lightning data modules."""
 
-from rolldiff.data.digits import Digits
-from rolldiff.data.folder import Folder
-from rolldiff.data.hub import Hub
-from rolldiff.data.images import Images
+from rolldiff.data.module import Images
+from rolldiff.data.sources import Digits, Folder, Hub
 
 __all__ = ["Digits", "Folder", "Hub", "Images"]

@@ -1,0 +1,510 @@
+"""Feature extractors: what a distance between images is computed on.
+
+An extractor maps images `[B, C, H, W]`, floats in about [-1, 1], to features `[B, F]`. It is frozen
+and in evaluation mode, and computes in float32 without gradients or autocast, whatever the context
+of the call. Its Fréchet distance is called `fd_<name>`; two distances are comparable if the names
+and the hashes of the weights are the same. Weights of published networks come from a file, which is
+checked before it is used.
+"""
+
+import hashlib
+import importlib
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rolldiff.errors import reason
+
+__all__ = [
+    "Classifier",
+    "Extractor",
+    "Inception",
+    "Pixels",
+    "ResNet56",
+    "as_extractor",
+    "short_hash",
+    "train_classifier",
+]
+
+
+class Extractor(nn.Module):
+    """A frozen network from images to features. Subclasses define `features`.
+
+    Attributes:
+        name: lower-case letters, digits and underscores.
+        channels: the numbers of channels that images may have; empty for any.
+    """
+
+    name: str
+    channels: tuple[int, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """`short_hash` of the weights; of the name if there are none."""
+        return short_hash(self.state_dict(), name=self.name)
+
+    @property
+    def distance_name(self) -> str:
+        """The name of the Fréchet distance between these features."""
+        return f"fd_{self.name}"
+
+    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """The features of images whose shape has been checked."""
+        raise NotImplementedError
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """The features of images.
+
+        Raises:
+            ValueError: if the images have the wrong shape, or the features are not `[B, F]`.
+        """
+        if image.ndim != 4 or (self.channels and image.shape[1] not in self.channels):
+            channels = " or ".join(map(str, self.channels)) or "C"
+            raise ValueError(
+                f"image must have shape (B, {channels}, H, W), got {tuple(image.shape)}"
+            )
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            features = self.features(image.float())
+        if not isinstance(features, Tensor) or features.shape[:-1] != image.shape[:1]:
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise ValueError(f"features must be a tensor of shape (B, F), got {found}")
+        return features
+
+    def train(self, mode: bool = True) -> "Extractor":
+        """Keeps evaluation mode, even as part of a module that is trained."""
+        return super().train(False)
+
+    def freeze(self) -> None:
+        """Switch to evaluation mode and turn the gradients of all parameters off."""
+        self.requires_grad_(False).eval()
+
+
+class Pixels(Extractor):
+    """The pixels themselves, flattened."""
+
+    name = "pixels"
+
+    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        return image.flatten(1)
+
+
+def as_extractor(module: nn.Module, *, name: str | None = None) -> Extractor:
+    """Any module from images to features as an extractor; extractors are returned unchanged.
+
+    Args:
+        module: maps `[B, C, H, W]` to `[B, F]`. It is frozen and put in evaluation mode: pass a
+            copy of a module that is still being trained.
+        name: its name; by default its attribute `name`, or else its class name in lower case.
+
+    Raises:
+        ValueError: if the name has other than lower-case letters, digits and underscores.
+    """
+    if isinstance(module, Extractor):
+        return module
+    if name is None:
+        own = getattr(module, "name", None)
+        name = own if isinstance(own, str) else type(module).__name__.lower()
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise ValueError(
+            f"name must be of lower-case letters, digits and underscores, got {name!r}"
+        )
+    return _ModuleExtractor(module, name)
+
+
+class _ModuleExtractor(Extractor):
+    """A module of the user's, with a name; its own attribute `hash` takes precedence."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module = module
+        self.name = name
+        self.freeze()
+
+    @property
+    def hash(self) -> str:
+        own = getattr(self.module, "hash", None)
+        return own if isinstance(own, str) else short_hash(self.module.state_dict(), name=self.name)
+
+    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        return self.module(image)
+
+
+def short_hash(state: dict[str, Any], *, name: str = "") -> str:
+    """Twelve hexadecimal digits of a SHA-256 over the names, shapes and bytes of tensors.
+
+    Args:
+        state: tensors on any device, by name; other values are ignored.
+        name: hashed instead if there are no tensors.
+    """
+    digest = hashlib.sha256()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    if not tensors:
+        digest.update(name.encode())
+    return digest.hexdigest()[:12]
+
+
+# A classifier trained on the data
+
+# To be changed with its architecture or its training, so that no old file is read.
+CLASSIFIER_VERSION = 1
+
+
+class Classifier(Extractor):
+    """A small network with 64 features before its linear layer, for images of 8 to 64 pixels.
+
+    It is meant for data that no published network covers.
+
+    Args:
+        channels: of the images.
+        num_classes: of the labels.
+
+    Attributes:
+        accuracy: on the tenth of the images that was held out, in [0, 1]; NaN before training.
+    """
+
+    name = "classifier"
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.channels = (channels,)
+        self.accuracy = float("nan")
+        layers: list[nn.Module] = []
+        for before, after, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2)):
+            layers += [
+                nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+        # The four quadrants are pooled apart, so that the features depend on where a stroke is.
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, 64), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.linear = nn.Linear(64, num_classes)
+        self.freeze()
+
+    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 64"]:
+        return self.body(image)
+
+    def logits(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """The class scores before the softmax."""
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            return self.linear(self(image))
+
+
+def train_classifier(
+    image: Float[Tensor, "N C H W"],
+    label: Int[Tensor, " N"],
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    folder: str | Path | None = None,
+) -> Classifier:
+    """A classifier of these images, trained, or read from the cache folder.
+
+    It is trained on nine tenths of the images with AdamW and a one-cycle learning rate, on one CPU
+    thread and without touching the global random state. On one machine the same data and seed give
+    the same weights; on another machine the last bits may differ, which `hash` shows.
+
+    Args:
+        image: in about [-1, 1], of 8 to 64 pixels per side, ten or more.
+        label: the class of each, 0 or more.
+        seed: of the initial weights, the order of the images, and the held-out tenth.
+        steps: batches of 128 images.
+        folder: the cache folder; None takes `rolldiff` in `$XDG_CACHE_HOME` or in `~/.cache`.
+
+    Returns:
+        The classifier, on the CPU.
+
+    Raises:
+        ValueError: if the shapes do not fit, `steps` is not 1 or more, a label is below 0, or the
+            folder cannot be written.
+    """
+    if image.ndim != 4 or not all(8 <= size <= 64 for size in image.shape[2:]):
+        raise ValueError(
+            f"image must have shape (N, C, H, W) with 8 … 64 pixels, got {tuple(image.shape)}"
+        )
+    if len(image) < 10 or label.shape != image.shape[:1]:
+        raise ValueError(
+            "ten images and a label for each are needed at least, got "
+            f"{len(image)} and labels of shape {tuple(label.shape)}"
+        )
+    if label.is_floating_point() or label.min() < 0:
+        raise ValueError(f"label must be integers from 0, got {label.dtype} from {label.min()}")
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
+
+    image, label = image.detach().float().cpu(), label.detach().long().cpu()
+    num_classes = int(label.max()) + 1
+    key = f"{CLASSIFIER_VERSION} {seed} {steps} {short_hash({'image': image, 'label': label})}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    path = _cache_folder(folder) / f"classifier-{digest}.safetensors"
+    if path.is_file():
+        try:
+            return _read_classifier(path, Classifier(image.shape[1], num_classes))
+        except ValueError as error:
+            warnings.warn(f"{path} is damaged and is trained again: {error}", stacklevel=2)
+    threads = torch.get_num_threads()
+    try:
+        # Sums depend on the number of threads, and small operations do not gain from several.
+        torch.set_num_threads(1)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            classifier = _train(image, label, seed=seed, steps=steps)
+    finally:
+        torch.set_num_threads(threads)
+    _write_classifier(classifier, path)
+    return classifier
+
+
+def _train(image: Tensor, label: Tensor, *, seed: int, steps: int) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the generators of the other devices too.
+        torch.default_generator.manual_seed(seed)
+        classifier = Classifier(image.shape[1], int(label.max()) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(image), generator=generator)
+    held_out, rest = shuffled.tensor_split([len(image) // 10])
+    network = nn.Sequential(classifier.body, classifier.linear).requires_grad_().train()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+    order = torch.empty(0, dtype=torch.long)
+    batch_size = min(128, len(rest))
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = rest[torch.randperm(len(rest), generator=generator)]
+        batch, order = order[:batch_size], order[batch_size:]
+        loss = F.cross_entropy(network(image[batch]), label[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    classifier.freeze()
+    correct = [classifier.logits(image[i]).argmax(1) == label[i] for i in held_out.split(500)]
+    classifier.accuracy = float(torch.cat(correct).double().mean())
+    return classifier
+
+
+def _write_classifier(classifier: Classifier, path: Path) -> None:
+    metadata = {"hash": classifier.hash, "accuracy": str(classifier.accuracy)}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(classifier.state_dict(), part, metadata=metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_classifier(path: Path, classifier: Classifier) -> Classifier:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if short_hash(state) != metadata["hash"]:
+            raise ValueError(f"hash must be {metadata['hash']}, got {short_hash(state)}")
+        classifier.load_state_dict(state)
+        classifier.accuracy = float(metadata["accuracy"])
+        return classifier
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _cache_folder(folder: str | Path | None) -> Path:
+    if folder is None:
+        cache = os.environ.get("XDG_CACHE_HOME", "")
+        # The XDG specification says to ignore a relative path.
+        folder = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "rolldiff"
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder must be one that can be made, got {folder}: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"folder must be one that can be written, got {folder}")
+    return folder
+
+
+# Published networks
+
+
+class ResNet56(Extractor):
+    """ResNet-56 for CIFAR-10 (He et al. 2015, option A shortcuts): 64 features after the pooling.
+
+    It takes images of three channels in [-1, 1] and was trained on 32 x 32 pixels.
+
+    Args:
+        path: a safetensors file with `conv1`, `bn1`, `layer1.0.conv1` … `layer3.8.bn2`, `linear`,
+            trained on RGB in [0, 1], normalised by `MEAN` and `STD`.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it holds another network.
+    """
+
+    name = "resnet56_cifar10"
+    channels = (3,)
+    mean: Tensor
+    std: Tensor
+
+    MEAN = (0.485, 0.456, 0.406)
+    STD = (0.229, 0.224, 0.225)
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        path = _existing_file(path, "a file of weights")
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_ResNetBlock(16, 16) for _ in range(9)))
+        self.layer2 = nn.Sequential(_ResNetBlock(16, 32), *(_ResNetBlock(32, 32) for _ in range(8)))
+        self.layer3 = nn.Sequential(_ResNetBlock(32, 64), *(_ResNetBlock(64, 64) for _ in range(8)))
+        self.linear = nn.Linear(64, 10)
+        for name, values in (("mean", self.MEAN), ("std", self.STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        try:
+            self.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"path must be a safetensors file of ResNet-56, got {path}: {reason(error)}"
+            ) from error
+        self.freeze()
+
+    def features(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 64"]:
+        x = ((image + 1) / 2 - self.mean) / self.std
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+    def logits(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 10"]:
+        """The scores of the ten classes before the softmax."""
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            return self.linear(self(image))
+
+
+class _ResNetBlock(nn.Module):
+    """Two convolutions and a shortcut without weights.
+
+    Where the number of channels doubles, the shortcut takes every second pixel and pads the new
+    channels with zeros.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.stride = after // before
+        self.padding = (after - before) // 2
+        self.conv1 = nn.Conv2d(before, after, 3, stride=self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding)))
+
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+
+class Inception(Extractor):
+    """Inception v3 as in the published FID: 2,048 features of torch-fidelity's network.
+
+    Images of one or three channels are clipped to [-1, 1] and rounded to 8 bits, because published
+    distances are those of saved images; the network resizes them to 299 x 299 as TensorFlow 1 did.
+    The distance is called `fid`, or `fd_inception` with other weights of the same network.
+
+    Args:
+        path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's release v0.2.0, or
+            another file whose name ends in the first digits of its SHA-256; None downloads the
+            former once.
+
+    Raises:
+        ValueError: if torch-fidelity is not installed or cannot be imported, there is no such file,
+            it does not match the hash in its name, or it holds another network.
+    """
+
+    name = "inception"
+    channels = (1, 3)
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        super().__init__()
+        network = _import_inception()
+        path = _download_inception() if path is None else path
+        path = _existing_file(path, f"{INCEPTION} from {RELEASE}")
+        data = path.read_bytes()
+        expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
+        digest = hashlib.sha256(data).hexdigest()
+        if not expected or not digest.startswith(expected[1]):
+            raise ValueError(
+                f"path must end in the start of its SHA-256, as {INCEPTION} does, "
+                f"got {path} with {digest[:8]}"
+            )
+        self.published = digest.startswith(INCEPTION[-12:-4])
+        try:
+            # torch-fidelity unpickles whatever it is given, so it gets a file of tensors only.
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            tensors = io.BytesIO()
+            torch.save(state, tensors)
+            tensors.seek(0)
+            self.network = network("inception", ["2048"], feature_extractor_weights_path=tensors)
+        except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            raise ValueError(
+                f"path must be a file of Inception's weights, got {path}: {reason(error)}"
+            ) from error
+        self.freeze()
+
+    @property
+    def distance_name(self) -> str:
+        return "fid" if self.published else "fd_inception"
+
+    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2048"]:
+        byte = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return self.network(byte.expand(-1, 3, -1, -1))[0]
+
+
+def _import_inception() -> Any:
+    try:
+        # By name: torch-fidelity and torchvision are needed for FID alone.
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError as error:
+        raise ValueError(
+            f"Inception needs torch-fidelity: pip install rolldiff[fid] ({reason(error)})"
+        ) from error
+    except RuntimeError as error:
+        # A torchvision of another build of torch reports only that an operator does not exist.
+        raise ValueError(
+            "Inception needs a torchvision built for the installed torch "
+            f"{torch.__version__}: {reason(error)}"
+        ) from error
+    return module.FeatureExtractorInceptionV3
+
+
+def _download_inception() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(RELEASE + INCEPTION, str(path), progress=False)
+        except OSError as error:
+            raise ValueError(
+                f"path must be given where nothing can be downloaded: {INCEPTION} from {RELEASE} "
+                f"({reason(error)})"
+            ) from error
+    return path
+
+
+def _existing_file(path: str | Path, expected: str) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"path must be {expected}, got {path}, which is no file")
+    return Path(path)
