@@ -1,6 +1,6 @@
 """Grouped and rolling diffusion decoding with a tunable group count."""
 
-from rolldiff.conditioning import ClassLabels, TokenGrid, TokenSequence
+from rolldiff.conditioning import ClassLabels, Conditioning, TokenGrid, TokenSequence
 from rolldiff.decoder import Cost, DecodeConfig, DecodeOutput, Decoder, Frame
 from rolldiff.diffusion import timesteps
 from rolldiff.diffusion.layout import Patches
@@ -15,6 +15,7 @@ __all__ = [
     "DDIM",
     "AdamsBashforth2",
     "ClassLabels",
+    "Conditioning",
     "Cosine",
     "Cost",
     "DecodeConfig",

@@ -120,7 +120,7 @@ class Guidance:
             raise UsageError(f"interval must be in [0, 1] and in order, got {self.interval}")
 
     def weight(
-        self, position: Float[Tensor, " n"], t: Float[Tensor, " n"]
+        self, position: Float[Tensor, " n"], t: Float[Tensor, " #n"]
     ) -> float | Float[Tensor, "n 1"]:
         """`w` of tokens.
 

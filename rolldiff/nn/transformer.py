@@ -91,7 +91,7 @@ class Context(NamedTuple):
     """What `Transformer.prepare` computes once; tokens are in decode order."""
 
     pos_embed: Float[Tensor, "*B N width"]
-    rope: Float[Tensor, "2 *B N size"]  # cosines and signed sines
+    rope: Float[Tensor, "2 ... N size"]  # cosines and signed sines
     group: Int[Tensor, "*B N"]
     group_list: list[int]  # the same on the host; empty if examples differ
     modulation: Float[Tensor, "C 1 mods"]
@@ -291,8 +291,8 @@ class Block(nn.Module):
     def forward(
         self,
         h: Float[Tensor, "B n width"],
-        modulation: Float[Tensor, "*B n 4 width"],
-        rope: Float[Tensor, "2 *B n size"] | None = None,
+        modulation: Float[Tensor, "... #n 4 width"],
+        rope: Float[Tensor, "2 ... n size"] | None = None,
         attn_mask: Tensor | None = None,
         *,
         kv: KVSlot | None = None,
@@ -320,7 +320,7 @@ class Attention(nn.Module):
     def forward(
         self,
         h: Float[Tensor, "B n width"],
-        rope: Float[Tensor, "2 *B n size"] | None = None,
+        rope: Float[Tensor, "2 ... n size"] | None = None,
         attn_mask: Tensor | None = None,
         *,
         kv: KVSlot | None = None,

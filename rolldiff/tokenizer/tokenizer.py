@@ -1,0 +1,182 @@
+"""`Tokenizer`: images to a grid of codes, and back by the grouped decoder.
+
+An encoder gives a few bounded numbers per cell, finite scalar quantisation rounds each to one of a
+few levels (Mentzer et al. 2023), and a `Decoder` conditioned on the grid decodes the image. All
+parts are trained together by the decoder's loss; its gradient passes through the rounding unchanged.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import log2, prod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rolldiff.conditioning import TokenGrid
+from rolldiff.decoder import Decoder, check_image
+from rolldiff.errors import UsageError
+from rolldiff.hub import Pretrained
+
+__all__ = ["Encoder", "Tokenizer"]
+
+
+class Encoder(nn.Module):
+    """A convolutional encoder: images `[B, C, H, W]` to a grid `[B, h, w, channels]`.
+
+    Args:
+        image_size: height and width in pixels, or one number for a square image.
+        in_channels: `C`.
+        factor: pixels per cell in each direction, a power of 2: `h = H / factor`.
+        channels: numbers per cell.
+        width: channels inside.
+        depth: residual blocks at every resolution.
+
+    Raises:
+        UsageError: if `factor` is not a power of 2 or does not divide the image.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        *,
+        in_channels: int = 3,
+        factor: int = 2,
+        channels: int = 3,
+        width: int = 64,
+        depth: int = 2,
+    ) -> None:
+        super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if factor < 1 or factor & (factor - 1) or any(side % factor for side in size):
+            raise UsageError(
+                f"factor must be a power of 2 that divides the image {size}, got {factor}"
+            )
+        self.config = {
+            "image_size": list(size),
+            "in_channels": in_channels,
+            "factor": factor,
+            "channels": channels,
+            "width": width,
+            "depth": depth,
+        }
+        self.grid = (size[0] // factor, size[1] // factor)
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1)]
+        for _ in range(int(log2(factor))):
+            layers += [_Residual(width) for _ in range(depth)]
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+        layers += [_Residual(width) for _ in range(depth)]
+        layers += [nn.GroupNorm(1, width), nn.SiLU(), nn.Conv2d(width, channels, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w channels"]:
+        return self.layers(image).movedim(1, -1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+class Tokenizer(Pretrained):
+    """An encoder, a quantiser and a decoder.
+
+    Args:
+        encoder: images to a grid of as many numbers per cell as there are `levels`.
+        decoder: conditioned on one `TokenGrid` of these numbers.
+        levels: the number of values that each number may take; their product is the codebook size.
+
+    Raises:
+        UsageError: if the grids or the numbers do not agree.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, *, levels: Sequence[int]) -> None:
+        super().__init__()
+        # Imported here, because nothing but a tokenizer needs it and what it imports.
+        from vector_quantize_pytorch import FSQ
+
+        grid = TokenGrid(*encoder.grid, channels=len(levels))
+        if decoder.conditioning.parts != (grid,) or encoder.config["channels"] != len(levels):
+            raise UsageError(
+                f"encoder and decoder must agree on {grid}, got {decoder.conditioning.parts} and "
+                f"{encoder.config['channels']} channels"
+            )
+        self.config = {"encoder": encoder, "decoder": decoder, "levels": list(levels)}
+        self.encoder = encoder
+        self.decoder = decoder
+        self.quantize = FSQ(list(levels))
+        self.grid = encoder.grid
+        self.codebook_size = prod(levels)
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.decoder.device
+
+    def latents(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w levels"]:
+        """The quantised grid; its gradient is that of the encoder.
+
+        Raises:
+            UsageError: if the images do not fit the decoder.
+        """
+        return self._quantized(image)[0].unflatten(1, self.grid)
+
+    @torch.no_grad()
+    def encode(self, image: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
+        """The codes of images, in raster order."""
+        return self._quantized(image)[1].long()
+
+    def dequantize(self, codes: Int[Tensor, "B N"]) -> Float[Tensor, "B h w levels"]:
+        """The grid of some codes: the decoder's condition.
+
+        Raises:
+            UsageError: if their number is not that of an image, or one is out of range.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
+            raise UsageError(
+                f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
+            )
+        return self._dequantize(codes).unflatten(1, self.grid)
+
+    def stream_latents(
+        self, codes: Iterator[Int[Tensor, " B"]]
+    ) -> Iterator[Float[Tensor, "B 1 levels"]]:
+        """Codes that are still being generated, as a streamed condition of the decoder."""
+        return (self._dequantize(code[:, None]) for code in codes)
+
+    def loss(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The decoder's loss given the latents of the images; see `Decoder.loss`."""
+        return self.decoder.loss(image, self.latents(image), generator=generator)
+
+    def forward(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
+        return self.loss(image, generator=generator)
+
+    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+        """Compile the decoder's backbone in place. See `Transformer.compile`."""
+        self.decoder.compile(mode=mode)
+
+    def _quantized(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        image = check_image(image, self.decoder.layout)
+        latents, codes = self.quantize(self.encoder(image).flatten(1, 2))
+        return latents, codes
+
+    def _dequantize(self, codes: Int[Tensor, "B k"]) -> Float[Tensor, "B k levels"]:
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise UsageError(
+                f"codes must be in 0 … {self.codebook_size - 1}, got "
+                f"{int(codes.min())} … {int(codes.max())}"
+            )
+        return self.quantize.indices_to_codes(codes)
