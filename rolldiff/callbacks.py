@@ -42,7 +42,7 @@ class SampleGrid(Callback):
         assert isinstance(pl_module, LitModel)
         decoder = pl_module.model
         assert isinstance(decoder, Decoder)
-        classes = decoder.condition.num_classes
+        classes = decoder.conditioning.num_classes
         cond = torch.arange(self.count) % classes if classes else None
         page = {
             f"num_groups {groups}": decoder.decode(

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
 from rolldiff.evaluation.metrics import pixel_distance, psnr
-from rolldiff.generate import Generation, timed
-from rolldiff.prior import Prior
 from rolldiff.report import Reported, check_ask, floor, some
-from rolldiff.tokenizer import Tokenizer
+from rolldiff.tokenizer.pipeline import Generation, measure_latency
+from rolldiff.tokenizer.prior import Prior
+from rolldiff.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["PriorReport", "TokenizerReport", "prior_of"]
 
@@ -59,7 +59,7 @@ class TokenizerReport:
             ask = {"num_groups": num_groups, "steps": self.steps, "seed": seed}
             parts = []
             for number, part in enumerate(codes.split(BATCH)):
-                told = model.latents_of(part)
+                told = model.dequantize(part)
                 parts.append(model.decoder.decode(told, first=number * BATCH, **ask).image.cpu())
             drawn = torch.cat(parts)
             page[f"num_groups {num_groups}"] = drawn[:SHOWN]
@@ -129,12 +129,12 @@ class PriorReport:
         }
         drawn, codes = [], []
         for first in tqdm(range(0, len(image), BATCH), desc="measuring", unit="batch"):
-            part = label[first : first + BATCH] if model.condition.parts else None
+            part = label[first : first + BATCH] if model.conditioning.parts else None
             count = min(BATCH, len(image) - first)
-            written = list(model.write(part, num_images=count, seed=seed, first=first))
+            written = list(model.generate(part, num_images=count, seed=seed, start_index=first))
             codes.append(torch.stack(written, dim=1))
-            told = tokenizer.latents_of(codes[-1])
-            found = tokenizer.decoder.decode(told, seed=seed, first=first, **settings)
+            told = tokenizer.dequantize(codes[-1])
+            found = tokenizer.decoder.decode(told, seed=seed, start_index=first, **settings)
             drawn.append(found.image.cpu())
         generated = torch.cat(drawn)
         real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])
@@ -143,10 +143,13 @@ class PriorReport:
         chosen = torch.cat([(label == c).nonzero()[:2, 0] for c in label.unique()])[:20]
         page = {"data": image[chosen], "generated": generated[chosen]}
         labelled_rows(page).save(folder / "samples.png")
-        cond = int(label[0]) if model.condition.parts else None
+        cond = int(label[0]) if model.conditioning.parts else None
         generation = Generation(model, tokenizer, cond=cond, seed=seed, settings=settings)
-        timed(generation, wait=False)  # the first one warms up
-        arriving, waiting = timed(generation, wait=False), timed(generation, wait=True)
+        measure_latency(generation, wait=False)  # the first one warms up
+        arriving, waiting = (
+            measure_latency(generation, wait=False),
+            measure_latency(generation, wait=True),
+        )
         frames = [make_grid(frame.image) for frame in generation.stream()]
         save_gif(frames, folder / "stream.gif")
         distance = pixel_distance(image, generated)
@@ -185,4 +188,4 @@ def prior_of(tokenizer: str, prior: Callable[[int, int], Prior]) -> Prior:
         prior: makes the prior, given how many codes an image has, and of how many.
     """
     read = Tokenizer.from_pretrained(tokenizer)
-    return prior(read.num_tokens, read.codes).reading(read)
+    return prior(read.num_tokens, read.codebook_size).reading(read)

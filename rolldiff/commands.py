@@ -52,7 +52,7 @@ def decode(cfg: DictConfig) -> None:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     out = _out(cfg)
     decoder = load(cfg.ckpt).to(named_device(cfg.device))
-    cond = _labels(cfg, decoder.condition.num_classes)
+    cond = _labels(cfg, decoder.conditioning.num_classes)
     ask = {
         "num_images": cfg.num_images,
         "num_groups": cfg.num_groups,
@@ -101,10 +101,10 @@ def _labels(cfg: DictConfig, classes: int) -> Any:
 def generate(cfg: DictConfig) -> None:
     """Write codes and draw the pictures behind them."""
     from rolldiff.evaluation.images import make_grid, save_gif
-    from rolldiff.generate import Generation
-    from rolldiff.prior import Prior
     from rolldiff.run import named_device
-    from rolldiff.tokenizer import Tokenizer
+    from rolldiff.tokenizer.pipeline import Generation
+    from rolldiff.tokenizer.prior import Prior
+    from rolldiff.tokenizer.tokenizer import Tokenizer
 
     for name, said in (("prior", "prior"), ("tokenizer", "decoder")):
         if cfg[name] is None:
@@ -114,7 +114,7 @@ def generate(cfg: DictConfig) -> None:
     generation = Generation(
         prior,
         Tokenizer.from_pretrained(cfg.tokenizer).to(device),
-        cond=_labels(cfg, prior.condition.num_classes),
+        cond=_labels(cfg, prior.conditioning.num_classes),
         num_images=cfg.num_images,
         seed=cfg.seed,
         temperature=cfg.temperature,

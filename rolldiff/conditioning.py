@@ -1,8 +1,8 @@
 """Conditions: labels, grids and sequences of tokens, and what a network is shown of them.
 
 A condition is one class. It validates what a user passes (`validate`), defines the null condition
-(`null`), and makes the module that embeds it (`embedder`). Labels add to the modulation, a grid adds
-a vector to each image token that lies on it, and a sequence provides keys and values for
+(`null`), and makes the module that embeds it (`embedder`). Labels add to the modulation, a grid
+adds a vector to each image token that lies on it, and a sequence provides keys and values for
 cross-attention.
 
 A validated condition is a value with a mask. Where the mask is False the network sees the null
@@ -26,8 +26,8 @@ from rolldiff.errors import UsageError
 __all__ = [
     "ClassLabels",
     "Condition",
-    "Conditioning",
     "ConditionEmbedder",
+    "Conditioning",
     "Embedded",
     "Embedder",
     "Masked",
@@ -57,7 +57,7 @@ class Embedded(NamedTuple):
         modulation: what labels add to the modulation; 0 without labels.
         tokens: what grids add to each image token; None without grids.
         sequence: all sequences, concatenated; None without sequences.
-        cross_attn_mask: 0 where an image token may attend to the sequence, minus infinity elsewhere.
+        cross_attn_mask: 0 where an image token may attend to the sequence, else minus infinity.
     """
 
     modulation: Float[Tensor, "C mods"] | Float[Tensor, ""]
@@ -563,8 +563,7 @@ class ConditionEmbedder(nn.Module):
         self.names = conditioning.names
         # A list, because the name of a condition may hold what the name of a module may not.
         self.parts = nn.ModuleList(
-            part.embedder(layout, width=width, modulation=modulation)
-            for part in conditioning.parts
+            part.embedder(layout, width=width, modulation=modulation) for part in conditioning.parts
         )
         has_sequence = any(isinstance(part, SequenceEmbedder) for part in self.parts)
         # Always visible, so that no row of the cross-attention is masked out entirely.
@@ -657,9 +656,7 @@ class StreamedConditions:
             if isinstance(part, TokenSequence) and part.ahead is None and arrived:
                 self._arrived[name] = part.length
                 return False
-            raise UsageError(
-                f"{label} must go on to {required} tokens, got an end after {arrived}"
-            )
+            raise UsageError(f"{label} must go on to {required} tokens, got an end after {arrived}")
         value, mask = self.values[name]
         tokens = part.validate_piece(piece, self._batch, value.device, name=label)
         total, stop = mask[0].numel(), arrived + tokens.shape[1]

@@ -1,9 +1,9 @@
 """`Decoder`: images in, a loss out; noise in, images out, group by group.
 
-This is the only module that uses all of the core. It combines a layout, a noise schedule, a backbone
-and a training distribution; it validates what users pass; and it runs the sampler with a cache.
-Tokens are kept in decode order and in float32 (float64 if the weights are), whatever type the
-network computes in.
+This is the only module that uses all of the core. It combines a layout, a noise schedule, a
+backbone and a training distribution; it validates what users pass; and it runs the sampler with a
+cache. Tokens are kept in decode order and in float32 (float64 if the weights are), whatever type
+the network computes in.
 """
 
 import math
@@ -341,8 +341,8 @@ class Decoder(Pretrained):
             seed: a seed or a generator; image i gets the same noise alone and in any batch.
             start_index: index of the first image in the seed's sequence of images.
             image: `[B, C, H, W]`, for inpainting, together with `mask`; values about [-1, 1].
-            mask: `[H, W]`, True where pixels are decoded; the other pixels are those of `image`, bit
-                for bit. A token with a pixel to decode is decoded as a whole. Known tokens come
+            mask: `[H, W]`, True where pixels are decoded; the other pixels are those of `image`,
+                bit for bit. A token with a pixel to decode is decoded as a whole. Known tokens come
                 first in the decode order, so a checkpoint trained on a random order among others
                 suits every mask.
             noise: `[B, C, H, W]`, unit noise to start from, instead of the seed's.
@@ -419,7 +419,7 @@ class Decoder(Pretrained):
         cache: bool = True,
         dtype: torch.dtype | None = None,
     ) -> "DecodeRun":
-        """Validate the arguments of `decode` and prepare everything that precedes the first step."""
+        """Validate the arguments of `decode` and prepare all that precedes the first step."""
         counter = _CostCounter(self.device)
         autocast = self._autocast_dtype(dtype)
         guidance = config.guidance
@@ -429,15 +429,11 @@ class Decoder(Pretrained):
             image, known_tokens = self._known(image, mask)
         num_known = 0 if known_tokens is None else int(known_tokens.sum())
         schedule = config.schedule(num_tokens=self.layout.num_tokens, num_known=num_known)
-        unseen = self.training_distribution.unseen(
-            config.num_groups, config.overlap, config.order
-        )
+        unseen = self.training_distribution.unseen(config.num_groups, config.overlap, config.order)
         for phrase in unseen:
             warn_user(f"decoding beyond what this checkpoint was trained for: {phrase}")
         batch = self._num_images(num_images, cond, image, noise)
-        streamed = StreamedConditions(
-            self.conditioning, cond, batch=batch, device=self.device
-        )
+        streamed = StreamedConditions(self.conditioning, cond, batch=batch, device=self.device)
         if guidance.scale and cond is None:
             raise UsageError(
                 f"guidance needs a condition, got guidance {guidance.scale} without cond"
@@ -517,9 +513,7 @@ class Decoder(Pretrained):
         pixels = mask.to(image).expand(image[:1].shape)
         return image, ~(self.layout.tokens(pixels)[0] > 0).any(-1)
 
-    def _num_images(
-        self, num_images: int | None, cond: Any, *tensors: Tensor | None
-    ) -> int:
+    def _num_images(self, num_images: int | None, cond: Any, *tensors: Tensor | None) -> int:
         given = {len(tensor) for tensor in tensors if tensor is not None}
         if num_images is not None:
             given.add(num_images)
@@ -544,8 +538,8 @@ class Decoder(Pretrained):
             torch.equal(order.cpu(), other) for other in trained
         ):
             warn_user(
-                "decoding beyond what this checkpoint was trained for: known tokens come first, and "
-                "no random order was among those trained"
+                "decoding beyond what this checkpoint was trained for: known tokens come first, "
+                "and no random order was among those trained"
             )
         return order
 

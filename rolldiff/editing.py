@@ -1,11 +1,11 @@
 """Editing: from an image to its noise, and masks of what to decode again.
 
-    decoder.decode(cond, image=image, mask=row_mask(image, 8, 16))        # regenerate rows 8 … 15
+decoder.decode(cond, image=image, mask=row_mask(image, 8, 16))        # regenerate rows 8 … 15
 
-    noise = invert(decoder, image, cond, num_groups=4)                    # DDIM inversion
-    fresh = torch.randn_like(noise)
-    mask = group_mask(decoder, [2], num_groups=4)
-    decoder.decode(cond, num_groups=4, noise=torch.where(mask, fresh, noise))   # a variation
+noise = invert(decoder, image, cond, num_groups=4)                    # DDIM inversion
+fresh = torch.randn_like(noise)
+mask = group_mask(decoder, [2], num_groups=4)
+decoder.decode(cond, num_groups=4, noise=torch.where(mask, fresh, noise))   # a variation
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,7 @@ def row_mask(image: Float[Tensor, "B C H W"], start: int, stop: int) -> Bool[Ten
     """
     height, width = image.shape[2:]
     if not 0 <= start < stop <= height:
-        raise UsageError(
-            f"rows must satisfy 0 <= start < stop <= {height}, got {start} and {stop}"
-        )
+        raise UsageError(f"rows must satisfy 0 <= start < stop <= {height}, got {start} and {stop}")
     mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
     mask[start:stop] = True
     return mask

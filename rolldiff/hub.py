@@ -1,9 +1,9 @@
 """Saving and loading: a folder or a Hugging Face Hub repository with two files.
 
-`model.safetensors` holds the weights, and `config.json` plain data: `_target_` dictionaries as Hydra
-reads them, which name classes by the paths that users import them from (`rolldiff.Patches`). Nothing
-is unpickled. Only the classes in `PUBLIC` are built, and those of other libraries that the caller
-lists by their exact names; all names are looked up before anything is built.
+`model.safetensors` holds the weights, and `config.json` plain data: `_target_` dictionaries as
+Hydra reads them, which name classes by the paths that users import them from (`rolldiff.Patches`).
+Nothing is unpickled. Only the classes in `PUBLIC` are built, and those of other libraries that the
+caller lists by their exact names; all names are looked up before anything is built.
 
 Files written by earlier versions are read through three tables: `MOVED` (classes), `RENAMED`
 (constructor arguments) and `RENAMED_WEIGHTS`.
@@ -45,6 +45,13 @@ PUBLIC = {
     "rolldiff.TokenGrid": "rolldiff.conditioning.TokenGrid",
     "rolldiff.TokenSequence": "rolldiff.conditioning.TokenSequence",
     "rolldiff.TrainingDistribution": "rolldiff.diffusion.timesteps.TrainingDistribution",
+    "rolldiff.DecodeConfig": "rolldiff.decoder.DecodeConfig",
+    "rolldiff.Guidance": "rolldiff.nn.denoiser.Guidance",
+    "rolldiff.AdamsBashforth2": "rolldiff.diffusion.sampler.AdamsBashforth2",
+    "rolldiff.DDIM": "rolldiff.diffusion.sampler.DDIM",
+    "rolldiff.Euler": "rolldiff.diffusion.sampler.Euler",
+    "rolldiff.Heun": "rolldiff.diffusion.sampler.Heun",
+    "rolldiff.Midpoint": "rolldiff.diffusion.sampler.Midpoint",
     "rolldiff.timesteps.CleanContext": "rolldiff.diffusion.timesteps.CleanContext",
     "rolldiff.timesteps.Independent": "rolldiff.diffusion.timesteps.Independent",
     "rolldiff.timesteps.LogitNormal": "rolldiff.diffusion.timesteps.LogitNormal",
@@ -56,9 +63,9 @@ PUBLIC = {
     "rolldiff.tokenizer.Prior": "rolldiff.tokenizer.prior.Prior",
     "rolldiff.tokenizer.Tokenizer": "rolldiff.tokenizer.tokenizer.Tokenizer",
     "rolldiff.integrations.diffusers.DiffusersBackbone": (
-        "rolldiff.integrations.diffusers.DiffusersBackbone"
+        "rolldiff.integrations.diffusers_backbone.DiffusersBackbone"
     ),
-    "rolldiff.integrations.diffusers.Network": "rolldiff.integrations.diffusers.Network",
+    "rolldiff.integrations.diffusers.Network": ("rolldiff.integrations.diffusers_backbone.Network"),
 }
 
 # Version 0.1 named classes by the module that defined them.
@@ -72,9 +79,7 @@ MOVED = {
     "rolldiff.integrations.diffusers_backbone.DiffusersBackbone": (
         "rolldiff.integrations.diffusers.DiffusersBackbone"
     ),
-    "rolldiff.integrations.diffusers_network.Network": (
-        "rolldiff.integrations.diffusers.Network"
-    ),
+    "rolldiff.integrations.diffusers_network.Network": ("rolldiff.integrations.diffusers.Network"),
     "rolldiff.layout.Patches": "rolldiff.Patches",
     "rolldiff.nn.encoder.Encoder": "rolldiff.tokenizer.Encoder",
     "rolldiff.nn.transformer.Transformer": "rolldiff.Transformer",
@@ -357,7 +362,9 @@ class Pretrained(nn.Module, ModelHubMixin):
             raise UsageError(
                 f"{folder / WEIGHTS} is damaged or not a safetensors file: {reason(error)}"
             ) from error
-        return _load(cls.from_config(config, trusted=trusted), weights, config=config, source=folder)
+        return _load(
+            cls.from_config(config, trusted=trusted), weights, config=config, source=folder
+        )
 
 
 def read_checkpoint(path: str | Path, cls: type[M]) -> M:
@@ -396,9 +403,7 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
     return _load(cls.from_config(config), weights, config=config, source=path)
 
 
-def _load(
-    module: M, weights: Mapping[str, Tensor], *, config: dict[str, Any], source: Path
-) -> M:
+def _load(module: M, weights: Mapping[str, Tensor], *, config: dict[str, Any], source: Path) -> M:
     if any(target in MOVED for target in _targets(config)):
         weights = upgrade_weights(weights)
     if mismatch := _mismatch(weights, module.state_dict()):

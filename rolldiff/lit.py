@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rolldiff.conditioning import Conditions
-from rolldiff.config import build
+from rolldiff.conditioning import Conditioning
 from rolldiff.decoder import Decoder
 from rolldiff.errors import reason
+from rolldiff.hub import build
 
 __all__ = ["LitModel", "Trainable", "images_in", "load"]
 
@@ -30,7 +30,7 @@ class Trainable(Protocol):
     """A module that can be trained: it knows its loss and its configuration."""
 
     @property
-    def condition(self) -> Conditions: ...
+    def conditioning(self) -> Conditioning: ...
 
     def loss(
         self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
@@ -117,7 +117,7 @@ class LitModel(L.LightningModule):
 
     def _loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         image, label = batch
-        cond = label if self.model.condition.num_classes else None
+        cond = label if self.model.conditioning.num_classes else None
         return self.model.loss(image, cond, generator=generator)
 
     def _rate(self, step: int) -> float:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rolldiff.decoder import Decoder
+from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
 from rolldiff.evaluation.metrics import pixel_distance
-from rolldiff.grouping import Grouping
-from rolldiff.schedule import RollingSchedule
 
 __all__ = [
     "DecoderReport",
@@ -94,7 +93,7 @@ class DecoderReport:
     ) -> Reported:
         assert isinstance(model, Decoder)
         image, label = some(image, label, self.samples, seed=seed)
-        cond = label if model.condition.num_classes else None
+        cond = label if model.conditioning.num_classes else None
         ask: dict[str, Any] = {"label": cond, "num_groups": self.num_groups, "steps": self.steps}
         pictures(model, image, folder, seed=seed, **ask)
         found = distances(model, image, seed=seed, **ask)
@@ -140,8 +139,7 @@ def check_ask(
     if not num_groups:
         raise ValueError("report.num_groups must hold a value at least, got none")
     for count in num_groups:
-        Grouping(num_tokens, count)
-        RollingSchedule(count, overlap).stagger(steps)
+        GroupSchedule(num_tokens=num_tokens, num_groups=count, overlap=overlap, steps=steps)
     if samples < 4:  # they are halved, and a distance needs two
         raise ValueError(f"report.samples must be 4 or more, got {samples}")
 
@@ -181,7 +179,7 @@ def distances(
             count = min(BATCH, len(image) - first)
             cond = None if label is None else label[first : first + count]
             decoded = decoder.decode(
-                cond, num_images=count, num_groups=groups, steps=steps, seed=seed, first=first
+                cond, num_images=count, num_groups=groups, steps=steps, seed=seed, start_index=first
             )
             drawn.append(decoded.image.cpu())
         found[str(groups)] = pixel_distance(image, torch.cat(drawn))

@@ -265,9 +265,10 @@ class PerSampleNoise:
         if seed is None or isinstance(seed, torch.Generator):
             device = seed.device if seed is not None else None
             seed = int(torch.randint(2**62, (1,), generator=seed, device=device))
-        if not (isinstance(seed, int) and isinstance(start_index, int)) or min(
-            seed, start_index
-        ) < 0:
+        if (
+            not (isinstance(seed, int) and isinstance(start_index, int))
+            or min(seed, start_index) < 0
+        ):
             raise UsageError(
                 "seed and start_index must be whole numbers of 0 or more, got "
                 f"{seed!r} and {start_index!r}"

@@ -191,7 +191,7 @@ class Solver(ABC):
         """Take one step.
 
         Args:
-            denoise: `(x_u, level of u)` to the estimate of the moving tokens, for any `s <= u <= t`.
+            denoise: `(x_u, level of u)` to the estimate of the moving tokens, `s <= u <= t`.
             x_t: the moving tokens.
             interval: the times, and what else a rule may use.
 
@@ -206,9 +206,7 @@ class Euler(Solver):
 
     order = 1
 
-    def step(
-        self, denoise: Denoise, x_t: Tensor, interval: Interval
-    ) -> tuple[Tensor, Estimate]:
+    def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         estimate = denoise(x_t, interval.t)
         return interval.s.point(estimate), estimate
 
@@ -223,9 +221,7 @@ class Heun(Solver):
     order = 2
     nfe_per_step = 2
 
-    def step(
-        self, denoise: Denoise, x_t: Tensor, interval: Interval
-    ) -> tuple[Tensor, Estimate]:
+    def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s = interval.t, interval.s
         estimate = denoise(x_t, t)
         x_s = s.point(estimate)
@@ -247,9 +243,7 @@ class Midpoint(Solver):
     order = 2
     nfe_per_step = 2
 
-    def step(
-        self, denoise: Denoise, x_t: Tensor, interval: Interval
-    ) -> tuple[Tensor, Estimate]:
+    def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s = interval.t, interval.s
         estimate = denoise(x_t, t)
         middle = interval.level((t.t[:, 0] + s.t[:, 0]) / 2)
@@ -268,9 +262,7 @@ class AdamsBashforth2(Solver):
     order = 2
     multistep = True
 
-    def step(
-        self, denoise: Denoise, x_t: Tensor, interval: Interval
-    ) -> tuple[Tensor, Estimate]:
+    def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s, history = interval.t, interval.s, interval.history
         estimate = denoise(x_t, t)
         x_s = s.point(estimate)
@@ -303,9 +295,7 @@ class DDIM(Solver):
         if not 0 <= self.eta <= 1:
             raise UsageError(f"eta must be in [0, 1], got {self.eta}")
 
-    def step(
-        self, denoise: Denoise, x_t: Tensor, interval: Interval
-    ) -> tuple[Tensor, Estimate]:
+    def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s = interval.t, interval.s
         estimate = denoise(x_t, t)
         posterior_var = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2

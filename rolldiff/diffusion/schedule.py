@@ -163,9 +163,7 @@ class GroupSchedule:
     def ends(self) -> tuple[int, ...]:
         """`G + 1` boundaries: group `g` is the span `ends[g] … ends[g + 1]` of the decode order."""
         size, larger = divmod(self.num_tokens - self.num_known, self.num_groups)
-        return tuple(
-            self.num_known + g * size + min(g, larger) for g in range(self.num_groups + 1)
-        )
+        return tuple(self.num_known + g * size + min(g, larger) for g in range(self.num_groups + 1))
 
     @cached_property
     def group(self) -> Int[Tensor, " N"]:

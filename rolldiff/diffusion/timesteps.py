@@ -246,7 +246,9 @@ class TrainingDistribution:
             UsageError: if an order or a group count does not fit the tokens.
         """
         orders = [decode_order(order, coords) for order in self.orders]
-        groups = [GroupSchedule(num_tokens=len(coords), num_groups=g).group for g in self.num_groups]
+        groups = [
+            GroupSchedule(num_tokens=len(coords), num_groups=g).group for g in self.num_groups
+        ]
         return torch.stack(orders), torch.stack(groups)
 
     def sample(

@@ -1,22 +1,24 @@
-"""`DiffusersDecoder`: a decoder as the `vae` of a pipeline of diffusers.
+"""`DiffusersDecoder`: a decoder as the `vae` of a diffusers pipeline.
 
-The decoder is conditioned on the latents, and the pipeline calls `decode` with them. What else
-pipelines read of an autoencoder is here: `config.scaling_factor`, `config.block_out_channels`,
-`dtype`, `device`. `DiffusersBackbone` is the other way round: a network of diffusers inside a
-decoder.
+The decoder is conditioned on the latents, and the pipeline calls `decode` with them. The other
+attributes that pipelines read of an autoencoder exist too: `config.scaling_factor`,
+`config.block_out_channels`, `dtype`, `device`. For the reverse, a diffusers network inside a
+decoder, see `DiffusersBackbone`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rolldiff.conditions import TokenGrid
-from rolldiff.decoder import Decoder
-from rolldiff.grouping import Order
-from rolldiff.integrations.diffusers_backbone import DiffusersBackbone
+from rolldiff.conditioning import TokenGrid
+from rolldiff.decoder import DecodeConfig, Decoder
+from rolldiff.errors import UsageError
+from rolldiff.hub import build, describe
+from rolldiff.integrations.diffusers_backbone import DiffusersBackbone, Network
 
 try:
     from diffusers.configuration_utils import ConfigMixin
@@ -27,30 +29,24 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("rolldiff.integrations.diffusers needs: pip install diffusers") from error
 
-__all__ = ["DiffusersBackbone", "DiffusersDecoder"]
-
-# What a pipeline cannot ask for, and a user may set as attributes between two calls.
-SETTINGS = ("num_groups", "overlap", "steps", "order", "guidance", "seed")
+__all__ = ["DiffusersBackbone", "DiffusersDecoder", "Network"]
 
 
 class DiffusersDecoder(ModelMixin, ConfigMixin):
     """A decoder of latents with the manners of diffusers' autoencoders.
 
-    The settings of decoding are attributes and may be changed; `save_pretrained` writes them as
-    they are. `from_pretrained` builds classes of rolldiff alone; a decoder with foreign parts is
-    read by `Decoder.from_pretrained(folder, trusted=...)` and wrapped.
+    The settings of decoding are the attributes `decoding` and `seed`. They may be replaced between
+    calls, and `save_pretrained` writes them as they are. `from_pretrained` builds classes of
+    rolldiff alone; read a decoder with foreign parts by
+    `Decoder.from_pretrained(folder, trusted=...)` and wrap it.
 
     Args:
         decoder: a decoder with the single condition `TokenGrid(h, w, channels=C)`, or its
             configuration, for fresh weights. Images are `h 2^k x w 2^k` pixels.
         encoder: images `[B, 3, H, W]` to latents `[B, C, h, w]`, for `encode`. Its weights are
             saved with the others, but not how it is built: hand it to `from_pretrained` too.
-        num_groups: as in `Decoder.decode`, like the next four.
-        overlap: in [0, 1].
-        steps: solver steps a group, if a call does not say `num_inference_steps`.
-        order: the decode order.
-        guidance: 0 for none.
-        seed: of the noise where a call brings no generator, so that decoding is a function of the
+        decode_config: the settings of decoding. A call's `num_inference_steps` replaces its steps.
+        seed: of the noise if a call passes no generator, so that decoding is a function of the
             latents, as pipelines expect; None draws from torch's global generator.
         scaling_factor: pipelines divide latents by it, and the decoder gets the quotients.
         shift_factor: likewise, of those pipelines that add one.
@@ -59,7 +55,7 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         block_out_channels: k + 1 numbers, of which pipelines read how many there are; likewise.
 
     Raises:
-        ValueError: if the decoder's condition is another, its images are not larger than the
+        UsageError: if the decoder's condition is another, its images are not larger than the
             latents by a power of two, or what was read back disagrees with it.
     """
 
@@ -68,11 +64,7 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         decoder: Decoder | Mapping[str, Any],
         *,
         encoder: nn.Module | None = None,
-        num_groups: int = 1,
-        overlap: float = 0.0,
-        steps: int = 16,
-        order: Order = "top_to_bottom",
-        guidance: float = 0.0,
+        decode_config: DecodeConfig | Mapping[str, Any] = DecodeConfig(),
         seed: int | None = 0,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
@@ -83,13 +75,13 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         model = decoder if isinstance(decoder, Decoder) else _fresh(decoder)
         if encoder is not None and not isinstance(encoder, nn.Module):
-            raise ValueError(f"encoder must be an nn.Module, got {encoder!r}")
+            raise UsageError(f"encoder must be an nn.Module, got {encoder!r}")
         grid, levels = _latents(model)
         channels, blocks = grid.channels, [grid.channels] * (levels + 1)
         if latent_channels not in (None, channels) or (
             block_out_channels is not None and len(block_out_channels) != len(blocks)
         ):
-            raise ValueError(
+            raise UsageError(
                 f"latent_channels must be {channels} and block_out_channels {len(blocks)} numbers, "
                 f"as the decoder has them, got {latent_channels} and {block_out_channels}"
             )
@@ -97,11 +89,9 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         self.model = model
         self.encoder = encoder
         self.grid = grid
-        self.num_groups = num_groups
-        self.overlap = overlap
-        self.steps = steps
-        self.order = order
-        self.guidance = guidance
+        self.decoding = (
+            decode_config if isinstance(decode_config, DecodeConfig) else build(dict(decode_config))
+        )
         self.seed = seed
         self.register_to_config(
             decoder=model.to_config(),
@@ -127,13 +117,13 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
             z: `[B, C, h, w]`, floating point.
             return_dict: whether to return an object with `.sample`, or a tuple.
             generator: of the noise; or one for each example, which then are decoded one by one.
-            num_inference_steps: solver steps a group; by default `steps`.
+            num_inference_steps: solver steps per group; by default those of `decoding`.
 
         Returns:
             Images `[B, 3, H, W]`, values about [-1, 1] (not clipped), in float32 or better.
 
         Raises:
-            ValueError: if an argument has the wrong shape, type or range.
+            UsageError: if an argument has the wrong shape, type or range.
         """
         return self._decoded(z, generator, num_inference_steps, return_dict)
 
@@ -155,10 +145,10 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
             An object with `.latents` `[B, C, h, w]`, or a tuple.
 
         Raises:
-            ValueError: without an encoder, or if its latents have the wrong shape.
+            UsageError: without an encoder, or if its latents have the wrong shape.
         """
         if self.encoder is None:
-            raise ValueError(
+            raise UsageError(
                 "encode needs an encoder, and this decoder has none: give "
                 "DiffusersDecoder(decoder, encoder=...) a module from images to latents"
             )
@@ -180,24 +170,24 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         parts, sources = [latents], [self.seed if generator is None else generator]
         if isinstance(generator, list | tuple):
             if len(generator) != len(z):
-                raise ValueError(f"generator must be {len(z)} for as many z, got {len(generator)}")
+                raise UsageError(f"generator must be {len(z)} for as many z, got {len(generator)}")
             parts, sources = list(latents.split(1)), list(generator)
-        settings = self._settings() | {"steps": self.steps if steps is None else steps}
+        config = self.decoding if steps is None else replace(self.decoding, steps=steps)
         images = [
-            self.model.decode(part, **(settings | {"seed": source})).image
+            self.model.decode(part, config, seed=source).image
             for part, source in zip(parts, sources, strict=True)
         ]
         image = torch.cat(images)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in SETTINGS}
+        return {"decode_config": describe(self.decoding), "seed": self.seed}
 
     def _check(self, z: Tensor, name: str) -> Tensor:
         shape = self.grid.channels, self.grid.height, self.grid.width
         if z.ndim != 4 or z.shape[1:] != shape:
             wanted = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must have shape (B, {wanted}), got {tuple(z.shape)}")
+            raise UsageError(f"{name} must have shape (B, {wanted}), got {tuple(z.shape)}")
         return z
 
 
@@ -213,9 +203,9 @@ def _fresh(config: Mapping[str, Any]) -> Decoder:
 
 def _latents(decoder: Decoder) -> tuple[TokenGrid, int]:
     """The grid of latents, and how often its sides double to the image's."""
-    parts = decoder.condition.parts
+    parts = decoder.conditioning.parts
     if len(parts) != 1 or not isinstance(parts[0], TokenGrid) or not parts[0].channels:
-        raise ValueError(
+        raise UsageError(
             "decoder must be conditioned on a single TokenGrid(h, w, channels=C), got "
             f"{', '.join(map(str, parts)) or 'no condition'}"
         )
@@ -223,7 +213,7 @@ def _latents(decoder: Decoder) -> tuple[TokenGrid, int]:
     _, height, width = decoder.layout.image_shape
     levels = (height // grid.height).bit_length() - 1
     if (grid.height << levels, grid.width << levels) != (height, width):
-        raise ValueError(
+        raise UsageError(
             "the image must be larger than the latents by a power of two, got an image of "
             f"{height} x {width} and latents of {grid.height} x {grid.width}"
         )

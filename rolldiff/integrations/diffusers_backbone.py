@@ -1,47 +1,83 @@
 """`DiffusersBackbone`: a network of diffusers inside a decoder.
 
-Such a network is shown the whole image, so it is a bidirectional backbone and has no cache. It is
-told the timestep `1000 t`. In its own call all of an image has one time. A DiT can be told a time
-per token as well: its blocks scale and shift tokens by a projection of time and label, which may
-differ from token to token; the same weights then do the same for equal times, and what they do for
-unequal ones is for training to teach. A UNet's convolutions see neighbours under one time, so it
-takes a single group.
+Such a network sees the whole image, so it is a bidirectional backbone without a cache. Its timestep
+is `1000 t`. Its own forward pass has one time per image. A DiT also works with a time per token:
+its blocks scale and shift tokens by a projection of time and label, which may differ between tokens.
+The same weights then compute the same for equal times; for unequal times they need training. A
+UNet's convolutions mix neighbours under one time, so it takes a single group.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rolldiff.conditioning import Conditions
-from rolldiff.conditions import ClassLabels, Given
-from rolldiff.integrations.diffusers_network import Network, check_fit, class_rows
-from rolldiff.layout import Layout, Patches
+from rolldiff.conditioning import ClassLabels, Conditioning, Masked
+from rolldiff.diffusion.layout import Layout, Patches
+from rolldiff.errors import UsageError
+from rolldiff.nn.denoiser import Backbone
 
 try:
+    import diffusers
     from diffusers.models.embeddings import LabelEmbedding
 except ModuleNotFoundError as error:
     raise ImportError("rolldiff.integrations.diffusers needs: pip install diffusers") from error
 
-__all__ = ["DiffusersBackbone"]
+__all__ = ["DiffusersBackbone", "Network"]
+
+# The classes that a configuration may name.
+NETWORKS = ("DiTTransformer2DModel", "UNet2DModel")
 
 
-@dataclass
-class _Context:
+@dataclass(frozen=True)
+class Network:
+    """A network of diffusers with fresh weights, as plain data.
+
+    Args:
+        name: its class, one of `NETWORKS`.
+        settings: its arguments, pairs of name and value.
+
+    Raises:
+        UsageError: if it is another class.
+    """
+
+    name: str
+    settings: Sequence[tuple[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in NETWORKS:
+            raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {self.name!r}")
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Network":
+        """What a network was built with."""
+        name = type(network).__name__
+        described = cls(name)  # refuses other classes, which may have no settings
+        if type(network) is not getattr(diffusers, name):
+            raise UsageError(f"network must be diffusers' own {name}, got {type(network)}")
+        config: Any = network.config
+        settings = tuple((key, value) for key, value in config.items() if key[0] != "_")
+        return replace(described, settings=settings)
+
+    def build(self) -> nn.Module:
+        """The network."""
+        return getattr(diffusers, self.name)(**dict(self.settings))
+
+
+class _Context(NamedTuple):
     """What `DiffusersBackbone.prepare` computes once."""
 
     order: Int[Tensor, "*B N"]
-    inverse: Int[Tensor, "*B N"]  # the place of each raster index in the decode order
-    several: bool  # groups
-    labels: Int[Tensor, " C"] | None = None
-    cached: int | None = None
+    inverse: Int[Tensor, "*B N"]  # position of each raster index in the decode order
+    grouped: bool  # more than one group
+    labels: Int[Tensor, " C"] | None
 
 
-class DiffusersBackbone(nn.Module):
+class DiffusersBackbone(Backbone):
     """A `DiTTransformer2DModel` or `UNet2DModel` as a bidirectional backbone.
 
     What it predicts is the decoder's `prediction`. A network that was trained elsewhere wants the
@@ -57,7 +93,7 @@ class DiffusersBackbone(nn.Module):
             `num_classes` is below it, and otherwise wants labels always.
 
     Raises:
-        ValueError: if the network is of another class or does not fit the layout or the classes.
+        UsageError: if the network is of another class or does not fit the layout or the classes.
     """
 
     def __init__(
@@ -65,79 +101,64 @@ class DiffusersBackbone(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(layout, Patches):
-            raise ValueError(f"layout must be Patches, got {type(layout).__name__}")
+            raise UsageError(f"layout must be Patches, got {type(layout).__name__}")
         described = network if isinstance(network, Network) else Network.of(network)
         network = network.build() if isinstance(network, Network) else network
         self.is_transformer = described.name == "DiTTransformer2DModel"
-        check_fit(layout, network)
+        _check_fit(layout, network)
         self.layout = layout
         self.network: Any = network
         for module in network.modules():
             # Training drops conditions itself, for whole examples and from its own generator.
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
-        rows, known = class_rows(network)
+        rows, known = _class_rows(network)
         num_classes = known if num_classes is None else num_classes
         if not min(rows, 1) <= num_classes <= rows:
-            raise ValueError(
+            raise UsageError(
                 f"num_classes must be in {min(rows, 1)} … {rows}, the rows of the network's "
                 f"embedding, got {num_classes}"
             )
         self.num_classes = num_classes
         self.has_null = num_classes < rows
         self.causal = False
-        self.condition = Conditions.of(ClassLabels(num_classes))
+        self.conditioning = Conditioning.of(ClassLabels(num_classes))
         self.config = {"layout": layout, "network": described, "num_classes": num_classes}
 
     def prepare(
         self,
         order: Int[Tensor, "*B N"],
         group: Int[Tensor, "*B N"],
-        cond: dict[str, Given] | None = None,
-        *,
-        batch: int | None = None,
-        dtype: torch.dtype | None = None,
+        cond: dict[str, Masked] | None = None,
     ) -> _Context:
         """See `Backbone.prepare`.
 
         Raises:
-            ValueError: if there are more groups than the network can be told the times of.
+            UsageError: if the network cannot take the times of so many groups.
         """
         groups = int(group.max()) + 1
         if groups > 1 and not self.is_transformer:
-            raise ValueError(
-                "num_groups must be 1 for a UNet2DModel, which is told one time for the whole "
+            raise UsageError(
+                "num_groups must be 1 for a UNet2DModel, which has one time for the whole "
                 f"image, got {groups}"
             )
         if groups > 1 and self.layout.patch % self.network.config.patch_size:
-            raise ValueError(
+            raise UsageError(
                 "patch must be a multiple of the network's patch_size for more than one group, got "
                 f"{self.layout.patch} and {self.network.config.patch_size}"
             )
-        context = _Context(order, order.argsort(-1), groups > 1)
-        self.arrive(context, self.condition.null(1, order.device) if cond is None else cond)
-        return context
-
-    def arrive(self, context: _Context, cond: dict[str, Given]) -> None:
-        """See `Backbone.arrive`.
-
-        Raises:
-            ValueError: if there is no label, and the network has no class for that.
-        """
-        for value, there in cond.values():
-            if not self.has_null and not there.all():
-                raise ValueError(
+        labels = None
+        for value, mask in (cond or self.conditioning.null(1, order.device)).values():
+            if not self.has_null and not mask.all():
+                raise UsageError(
                     "cond must have a label for every example, without guidance or drop_cond, for "
                     f"all {self.num_classes} rows of the network's embedding are classes; got null"
                 )
-            context.labels = value.where(there, self.num_classes)
+            labels = value.where(mask, self.num_classes)
+        return _Context(order, order.argsort(-1), groups > 1, labels)
 
-    def needs(self) -> dict[str, Int[Tensor, " N"]]:
-        """See `Backbone.needs`."""
-        return {}
-
-    def compile(self, *, mode: str | None = None) -> None:
-        """Compile the network's own call, in place; one with a time per token stays as it is."""
+    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+        """Compile the network's own forward pass in place; a time per token stays eager."""
         self.network.compile(mode=mode)
 
     def embed_time(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T E"]:
@@ -149,30 +170,32 @@ class DiffusersBackbone(nn.Module):
         x_t: Float[Tensor, "B N D"],
         time: Float[Tensor, "*B #N E"],
         context: _Context,
+        *,
         start: int = 0,
+        cache: None = None,
     ) -> Float[Tensor, "B2 N D"]:
-        """See `Backbone.__call__`; it is shown all tokens in every call."""
+        """See `Backbone.forward`; every call shows all tokens."""
         labels, batch = context.labels, len(x_t)
-        copies = 1 if labels is None else max(1, len(labels) // batch)
-        image = self.layout.image(_gathered(x_t, context.inverse)).to(self.network.dtype)
-        image = image.repeat(copies, 1, 1, 1)
+        branches = 1 if labels is None else max(1, len(labels) // batch)
+        image = self.layout.image(_gather(x_t, context.inverse)).to(self.network.dtype)
+        image = image.repeat(branches, 1, 1, 1)
         if labels is not None:
             labels = labels.expand(len(image))
-        if context.several and time.shape[-2] > 1:
-            y = self._walk(image, self._times(time, context, copies), labels)
+        if context.grouped and time.shape[-2] > 1:
+            y = self._walk(image, self._times(time, context, branches), labels)
         else:
-            timestep = 1000 * time[..., 0, 0].expand(batch).repeat(copies)
+            timestep = 1000 * time[..., 0, 0].expand(batch).repeat(branches)
             y = self.network(image, timestep, class_labels=labels).sample
-        return _gathered(self.layout.tokens(y[:, : self.layout.channels]), context.order)
+        return _gather(self.layout.tokens(y[:, : self.layout.channels]), context.order)
 
-    def _times(self, time: Tensor, context: _Context, copies: int) -> Float[Tensor, "#B n"]:
+    def _times(self, time: Tensor, context: _Context, branches: int) -> Float[Tensor, "#B n"]:
         """The time of each of the network's tokens, in raster order."""
         rows, columns = self.layout.grid
-        t = _gathered(time if time.ndim == 3 else time[None], context.inverse)
+        t = _gather(time if time.ndim == 3 else time[None], context.inverse)
         t = t.view(len(t), rows, columns)
         finer = self.layout.patch // self.network.config.patch_size
         t = t.repeat_interleave(finer, 1).repeat_interleave(finer, 2).flatten(1)
-        return t if len(t) == 1 else t.repeat(copies, 1)
+        return t if len(t) == 1 else t.repeat(branches, 1)
 
     def _walk(self, image: Tensor, t: Float[Tensor, "#B n"], labels: Tensor | None) -> Tensor:
         """The call of a DiT, with a time for each of its tokens."""
@@ -198,11 +221,48 @@ class DiffusersBackbone(nn.Module):
         return rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
 
 
-def _gathered(rows: Float[Tensor, "B N F"], index: Int[Tensor, "*B N"]) -> Float[Tensor, "B2 N F"]:
-    """Rows in another order, one for all or one for each example."""
+def _check_fit(layout: Patches, network: nn.Module) -> None:
+    """Refuse a network that could only fail later.
+
+    Raises:
+        UsageError: if its channels, its sizes or its embeddings do not fit.
+    """
+    config: Any = network.config
+    is_transformer = isinstance(network, diffusers.DiTTransformer2DModel)
+    channels, (height, width) = layout.channels, layout.size
+    out = config.out_channels or config.in_channels
+    if config.in_channels != channels or out not in (channels, 2 * channels):
+        raise UsageError(
+            f"network must have {channels} channels as the layout has, got in_channels "
+            f"{config.in_channels} and out_channels {out}"
+        )
+    side = config.patch_size if is_transformer else 2 ** (len(config.block_out_channels) - 1)
+    if height % side or width % side or (is_transformer and height != width):
+        square = " and be square" if is_transformer else ""
+        raise UsageError(f"image_size must divide by {side}{square}, got {layout.size}")
+    if not is_transformer:
+        embeddings = config.time_embedding_type, config.class_embed_type
+        if embeddings != ("positional", None):
+            raise UsageError(
+                "network must have time_embedding_type positional and class_embed_type None, got "
+                f"{embeddings[0]} and {embeddings[1]}"
+            )
+
+
+def _class_rows(network: Any) -> tuple[int, int]:
+    """The rows of the network's class embedding, and how many of them are classes for sure."""
+    if isinstance(network, diffusers.DiTTransformer2DModel):
+        table = network.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        return table.num_embeddings, network.config.num_embeds_ada_norm
+    rows = network.config.num_class_embeds or 0
+    return rows, rows
+
+
+def _gather(tokens: Float[Tensor, "B N F"], index: Int[Tensor, "*B N"]) -> Float[Tensor, "B2 N F"]:
+    """Tokens in another order, the same for all examples or one per example."""
     if index.ndim == 1:
-        return rows[:, index]
-    count = max(len(rows), len(index))
+        return tokens[:, index]
+    count = max(len(tokens), len(index))
     index = index.repeat(count // len(index), 1)
-    rows = rows.expand(count, -1, -1)
-    return rows.gather(1, index[..., None].expand_as(rows))
+    tokens = tokens.expand(count, -1, -1)
+    return tokens.gather(1, index[..., None].expand_as(tokens))

@@ -423,7 +423,7 @@ def causal_mask(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[T
 
 
 def rotary_angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:
-    """Cosines and signed sines: half of a head's pairs rotate with the row, half with the column."""
+    """Cosines and signed sines; half of a head rotates with the row, half with the column."""
     frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
     angle = (coords[:, 1:, None] * frequency).flatten(1)
     cos, sin = angle.cos(), angle.sin()

@@ -61,8 +61,7 @@ class Prior(Pretrained):
             )
         if not (0 <= dropout < 1 and 0 <= drop_cond <= 1):
             raise UsageError(
-                "dropout must be in [0, 1) and drop_cond in [0, 1], got "
-                f"{dropout} and {drop_cond}"
+                f"dropout must be in [0, 1) and drop_cond in [0, 1], got {dropout} and {drop_cond}"
             )
         self.config = {
             "num_tokens": num_tokens,

@@ -2,7 +2,8 @@
 
 An encoder gives a few bounded numbers per cell, finite scalar quantisation rounds each to one of a
 few levels (Mentzer et al. 2023), and a `Decoder` conditioned on the grid decodes the image. All
-parts are trained together by the decoder's loss; its gradient passes through the rounding unchanged.
+parts are trained together by the decoder's loss, whose gradient passes through the rounding
+unchanged.
 """
 
 from collections.abc import Iterator, Sequence
