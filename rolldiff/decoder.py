@@ -71,10 +71,9 @@ class DecodeConfig:
     guidance: float | Guidance = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_groups, int):  # its upper limit depends on the decoder
-            self.schedule(num_tokens=self.num_groups)
-        else:
-            self.schedule(num_tokens=1)
+        # How many groups are too many depends on the decoder.
+        many = isinstance(self.num_groups, int) and self.num_groups > 1
+        self.schedule(num_tokens=self.num_groups if many else 1)
         if not isinstance(self.solver, Solver):
             raise UsageError(f"solver must be a Solver such as Euler(), got {self.solver!r}")
         if isinstance(self.guidance, int | float):

@@ -32,7 +32,7 @@ def row_mask(image: Float[Tensor, "B C H W"], start: int, stop: int) -> Bool[Ten
     """
     height, width = image.shape[2:]
     if not 0 <= start < stop <= height:
-        raise UsageError(f"rows must satisfy 0 <= start < stop <= {height}, got {start} and {stop}")
+        raise UsageError(f"rows must be start … stop within 0 … {height}, got {start} … {stop}")
     mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
     mask[start:stop] = True
     return mask

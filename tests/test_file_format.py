@@ -45,9 +45,7 @@ def test_a_tokenizer_gives_the_same_codes_and_image():
     codes = tokenizer.encode(expected["input"])
     assert torch.equal(codes, expected["codes"])
     latents = tokenizer.dequantize(codes)
-    close(
-        tokenizer.decoder.decode(latents, num_groups=2, steps=2, seed=0).image, expected["image"]
-    )
+    close(tokenizer.decoder.decode(latents, num_groups=2, steps=2, seed=0).image, expected["image"])
 
 
 def test_a_prior_gives_the_same_codes():
@@ -89,9 +87,7 @@ def test_a_public_path_is_importable_as_written(public):
     cls = getattr(importlib.import_module(module), name)
     found = rolldiff
     for part in public.split(".")[1:]:
-        found = getattr(found, part, None) or importlib.import_module(
-            f"{found.__name__}.{part}"
-        )
+        found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
     assert found is cls
     assert not set(MOVED) & set(PUBLIC)
     assert set(RENAMED) | set(MOVED.values()) <= set(PUBLIC)

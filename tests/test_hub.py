@@ -58,7 +58,7 @@ def test_round_trip(decoder, tmp_path):
         == decoder.to_config()
         == json.loads((tmp_path / "config.json").read_text())
     )
-    assert read.trained_for == decoder.trained_for
+    assert read.training_distribution == decoder.training_distribution
     ask = {"num_groups": 2, "steps": 2, "seed": 0, "order": "cells:2"}
     assert torch.equal(read.decode(**ask).image, decoder.decode(**ask).image)
 

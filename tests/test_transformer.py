@@ -7,8 +7,7 @@ from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rolldiff import ClassLabels, Grouping, Patches, Transformer
-from rolldiff.nn.blocks import FEW, LINE, apart, gelu
+from rolldiff import ClassLabels, GroupSchedule, Patches, TokenSequence, Transformer
 
 
 def network(patch=1, **arguments):
@@ -20,15 +19,19 @@ def network(patch=1, **arguments):
     return net
 
 
-def prepared(net, num_groups, batch=None):
+def group_of(num_groups):
+    return GroupSchedule(num_tokens=16, num_groups=num_groups).group
+
+
+def prepared(net, num_groups):
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    return net.prepare(order, Grouping(16, num_groups).group, batch=batch, dtype=torch.float64)
+    return net.prepare(order, group_of(num_groups))
 
 
 @run_settings(max_examples=30)
 @given(st.integers(1, 16), st.integers(0, 15), st.booleans())
 def test_a_later_token_changes_no_earlier_group(num_groups, token, batched):
-    net, group = network(), Grouping(16, num_groups).group
+    net, group = network(), group_of(num_groups)
     order, many = torch.arange(16), group
     if batched:  # the path of training: a mask for each example
         order, many = order.expand(2, 16), group.expand(2, 16)
@@ -45,7 +48,7 @@ def test_a_later_token_changes_no_earlier_group(num_groups, token, batched):
 
 @pytest.mark.parametrize("num_groups", [2, 5, 16])
 def test_the_gradient_to_later_groups_is_zero(num_groups):
-    net, group = network(), Grouping(16, num_groups).group
+    net, group = network(), group_of(num_groups)
     context = prepared(net, num_groups)
     t = torch.rand(16, dtype=torch.float64)
     x = torch.randn(1, 16, 1, dtype=torch.float64)
@@ -59,33 +62,37 @@ def test_bidirectional_sees_all():
     x = torch.randn(1, 16, 1, dtype=torch.float64, requires_grad=True)
     net(x, net.embed_time(torch.rand(16).double()), prepared(net, 4))[0, 0].sum().backward()
     assert (x.grad != 0).all()
-    assert prepared(net, 4, batch=1).cached is None
+    assert net.make_cache(1, prepared(net, 4)) is None
 
 
 def test_a_span_with_the_cache_equals_the_whole():
     net = network()
     x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
     whole = net(x, net.embed_time(t), prepared(net, 4))
-    context = prepared(net, 4, batch=3)
-    parts = [
-        net(x[:, a:b], net.embed_time(t[a:b]), context, a) for a, b in [(0, 4), (4, 12), (12, 16)]
-    ]
+    context = prepared(net, 4)
+    cache = net.make_cache(3, context)
+    parts = []
+    for a, b in [(0, 4), (4, 12), (12, 16)]:
+        parts.append(net(x[:, a:b], net.embed_time(t[a:b]), context, start=a, cache=cache))
+        cache.commit(b)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_the_cache_is_as_large_as_documented():
-    context = prepared(network(), 4, batch=3)
+    net = network()
     depth, width = 2, 16
-    kept = sum(part.numel() for layer in context.memory for part in layer)
+    kept = sum(
+        part.numel() for layer in net.make_cache(3, prepared(net, 4)).layers for part in layer
+    )
     assert kept == 2 * depth * 16 * width * 3
-    assert prepared(network(), 1, batch=3).memory is None, "a single group is never read again"
+    assert net.make_cache(3, prepared(net, 1)) is None, "a single group is never read again"
 
 
 def test_places_follow_the_order():
     """The same tokens in another order, all in one group, give the same outputs."""
     net = network()
     x, t = torch.randn(1, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
-    one = Grouping(16, 1).group
+    one = group_of(1)
     order = torch.randperm(16)
     y = net(x, net.embed_time(t), net.prepare(torch.arange(16), one))
     shuffled = net(x[:, order], net.embed_time(t[order]), net.prepare(order, one))
@@ -94,11 +101,11 @@ def test_places_follow_the_order():
 
 def test_places_are_rotations():
     """The product of a query and a key depends on how far apart they are, not on where."""
-    context = network().prepare(torch.arange(16), Grouping(16, 1).group)
+    context = network().prepare(torch.arange(16), group_of(1))
     q, k = torch.randn(2, 8)
 
     def turned(x, place):
-        return torch.addcmul(x * context.cos[place], x.roll(4), context.sin[place])
+        return torch.addcmul(x * context.rope[0, place], x.roll(4), context.rope[1, place])
 
     # A row down and a column to the right, from three corners of the 4 x 4 grid.
     products = [turned(q, place) @ turned(k, place + 5) for place in (0, 2, 10)]
@@ -109,8 +116,8 @@ def test_places_are_rotations():
 
 def test_labels_and_times_matter():
     net = network(condition=ClassLabels(3))
-    x, one = torch.randn(2, 16, 1, dtype=torch.float64), Grouping(16, 1).group
-    labels = net.condition.check([0, 1], 2, torch.device("cpu"))
+    x, one = torch.randn(2, 16, 1, dtype=torch.float64), group_of(1)
+    labels = net.conditioning.validate([0, 1], 2, torch.device("cpu"))
     context = net.prepare(torch.arange(16), one, labels)
     t = torch.full((16,), 0.5, dtype=torch.float64)
     y = net(x[:1].expand(2, -1, -1), net.embed_time(t), context)
@@ -124,34 +131,60 @@ def test_bad_sizes(arguments):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
 
 
-def test_rows_a_page_long_are_moved_apart():
-    weight = torch.randn(8, 1024)
-    copy = apart(weight)
-    assert torch.equal(copy, weight)
-    assert copy.stride(0) * 4 == 4096 + LINE
-    assert apart(weight[:, :768].contiguous()) is None
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_example_with_its_own_order_is_as_alone(causal):
+    """A batch of different orders and groups, as in training, against each example by itself."""
+    net = network(causal=causal)
+    orders = torch.stack([torch.randperm(16), torch.arange(16), torch.arange(16).flip(0)])
+    groups = torch.stack([group_of(g) for g in (1, 4, 16)])
+    x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(3, 16, dtype=torch.float64)
+    together = net(x, net.embed_time(t), net.prepare(orders, groups))
+    for i in range(3):
+        alone = net(x[i : i + 1], net.embed_time(t[i]), net.prepare(orders[i], groups[i]))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_a_decode_with_rows_apart_is_the_same(make):
-    decoder = make(width=256, depth=1, heads=4)
-    context = decoder.backbone.prepare(
-        torch.arange(16), Grouping(16, 4).group, batch=1, dtype=torch.float32
-    )
-    assert context.up[0] is not None
-    kept, plain = (
-        decoder.decode([1], num_groups=4, steps=3, seed=0, cache=cache).image
-        for cache in (True, False)
-    )
-    torch.testing.assert_close(kept, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+def test_a_call_has_no_effect_but_its_scratch_memory():
+    """The same call twice gives the same output, and only `commit` moves the cache."""
+    net = network()
+    context = prepared(net, 4)
+    cache = net.make_cache(1, context)
+    x, t = torch.randn(1, 8, 1, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    first = net(x, net.embed_time(t), context, cache=cache)
+    net(x + 1, net.embed_time(t), context, cache=cache)  # a preview, say
+    assert cache.length == 0
+    assert torch.equal(net(x, net.embed_time(t), context, cache=cache), first)
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW // 8, FEW // 8 + 1])
-def test_gelu_is_the_same_for_few_rows_and_many(rows):
-    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
-    found = gelu(x)
-    assert found.is_contiguous()
-    exact = x.double() * torch.special.ndtr(x.double())
-    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)
+def test_modules_are_called_so_hooks_run(make):
+    """Forward hooks see every attention, MLP and linear layer of a decoding."""
+    decoder = make(condition=TokenSequence(3, channels=4), num_classes=0)
+    seen = set()
+    names = {
+        name: module
+        for name, module in decoder.backbone.blocks.named_modules()
+        if name and not isinstance(module, torch.nn.ModuleList)
+    }
+    for name, module in names.items():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    decoder.decode(torch.randn(1, 3, 4), num_groups=4, steps=2, seed=0)
+    assert {n for n in names if not n.endswith("kv")} <= seen
+    assert any(n.endswith("cross_attn.kv") for n in seen)
+
+
+def test_lora_adapts_the_linear_layers(make):
+    """`peft` wraps the layers; its adapters change the image, and train alone."""
+    peft = pytest.importorskip("peft")
+    decoder = make()
+    before = decoder.decode([1], num_groups=4, steps=2, seed=0).image
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, decoder)
+    after = adapted.decode([1], num_groups=4, steps=2, seed=0).image
+    assert not torch.allclose(before, after)
+    adapted.loss(torch.zeros(2, 1, 8, 8), [1, 2]).backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
 
 
 class Casts(TorchDispatchMode):
@@ -170,6 +203,6 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_a_weight_is_cast_once_a_decode(make, steps):
     decoder = make()
-    with Casts(decoder.backbone.blocks[0].qkv.weight.shape) as casts:
+    with Casts(decoder.backbone.blocks[0].attn.qkv.weight.shape) as casts:
         decoder.decode(0, num_groups=2, steps=steps, seed=0, dtype=torch.bfloat16)
     assert casts.count == len(decoder.backbone.blocks)

@@ -24,7 +24,7 @@ def gradients(decoder, seed=0):
 def test_recomputed_blocks_give_the_same_gradients():
     decoder = build()
     loss, plain = gradients(decoder)
-    decoder.backbone.recompute = True
+    decoder.backbone.gradient_checkpointing = True
     again, recomputed = gradients(decoder)
     assert torch.equal(loss, again)
     assert plain.keys() == recomputed.keys()

@@ -132,17 +132,16 @@ class GroupSchedule:
     num_known: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        limit = self.num_tokens - self.num_known
+        if not _is_count(self.num_groups) or self.num_groups > limit:
+            raise UsageError(
+                f"num_groups must be a whole number in 1 … {limit} (the tokens to decode), got "
+                f"{self.num_groups!r}"
+            )
         if not isinstance(self.overlap, int | float) or not 0 <= self.overlap <= 1:
             raise UsageError(f"overlap must be in [0, 1], got {self.overlap!r}")
-        if self.num_groups > self.num_tokens - self.num_known:
-            raise UsageError(
-                f"num_groups must be in 1 … {self.num_tokens - self.num_known} (the tokens to "
-                f"decode), got {self.num_groups}"
-            )
+        if not _is_count(self.steps):
+            raise UsageError(f"steps must be a whole number of 1 or more, got {self.steps!r}")
 
     @cached_property
     def stagger(self) -> int:
@@ -204,6 +203,10 @@ class GroupSchedule:
         done = (i - torch.arange(self.num_groups) * self.stagger).clamp(0, self.steps)
         # Whole numbers until the last division, so that the ends are exactly 1 and 0.
         return (self.steps - done).double() / self.steps
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def local_times(

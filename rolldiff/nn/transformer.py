@@ -276,6 +276,9 @@ class Transformer(Backbone):
         return self.head(norm(h) * scale)
 
 
+# Annotations of the block have no shapes: checking them in tests would break `torch.compile`.
+
+
 class Block(nn.Module):
     """Attention and MLP, each scaled before and gated after by the modulation."""
 
@@ -290,15 +293,14 @@ class Block(nn.Module):
 
     def forward(
         self,
-        h: Float[Tensor, "B n width"],
-        modulation: Float[Tensor, "... #n 4 width"],
-        rope: Float[Tensor, "2 ... n size"] | None = None,
-        attn_mask: Tensor | None = None,
+        h: Tensor,  # [B, n, width]
+        modulation: Tensor,  # [..., n or 1, 4, width]
+        rope: Tensor | None = None,  # [2, ..., n, size]
+        attn_mask: Tensor | None = None,  # [..., n, m]
         *,
         kv: KVSlot | None = None,
         cross: CrossKV | None = None,
-    ) -> Float[Tensor, "B n width"]:
-        """Args: see the modules; `cross` is None without a sequence."""
+    ) -> Tensor:
         scale_1, gate_1, scale_2, gate_2 = (modulation + self.scale_shift_table).unbind(-2)
         h = torch.addcmul(h, gate_1, self.attn(norm(h) * scale_1, rope, attn_mask, kv=kv))
         if self.cross_attn is not None and cross is not None:
@@ -319,12 +321,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        h: Float[Tensor, "B n width"],
-        rope: Float[Tensor, "2 ... n size"] | None = None,
+        h: Tensor,  # [B, n, width]
+        rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         *,
         kv: KVSlot | None = None,
-    ) -> Float[Tensor, "B n width"]:
+    ) -> Tensor:
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         qk = norm(qkv[:2]) * self.qk_scale.view(2, 1, 1, 1, -1)  # [2, B, heads, n, size]
         if rope is not None:
@@ -355,7 +357,7 @@ class CrossAttention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return norm(k).to(v.dtype), v
 
-    def forward(self, h: Float[Tensor, "B n width"], cross: CrossKV) -> Float[Tensor, "B n width"]:
+    def forward(self, h: Tensor, cross: CrossKV) -> Tensor:
         k, v, mask = cross
         q = self.q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         h = F.scaled_dot_product_attention(norm(q).to(v.dtype), k, v, attn_mask=mask.to(v.dtype))
@@ -388,7 +390,7 @@ class LinearT(nn.Module):
         self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+    def forward(self, x: Tensor) -> Tensor:
         # The product takes the parameter itself: autocast would not cache the cast of a view.
         rows = torch.addmm(self.bias, x.flatten(0, -2), self.weight)
         return rows.view(*x.shape[:-1], -1)

@@ -1,9 +1,13 @@
+"""The samplers of local times, and the distribution of everything that training draws."""
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolldiff.times import (
+from rolldiff import GroupSchedule, Patches, Training
+from rolldiff.diffusion.schedule import decode_order
+from rolldiff.diffusion.timesteps import (
     CleanContext,
     Independent,
     LogitNormal,
@@ -13,11 +17,12 @@ from rolldiff.times import (
     Uniform,
 )
 
+COORDS = Patches(4, channels=1).coords
 GROUPS = torch.tensor([1, 2, 4] * 300)
 
 
 def draw(law, seed=0, groups=GROUPS, width=4):
-    return law(groups, width, torch.Generator().manual_seed(seed))
+    return law.sample(groups, width, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("law", [Independent(), Shared(), CleanContext(), OnSchedule()], ids=repr)
@@ -98,5 +103,55 @@ def test_mixture_draws_in_proportion_and_keeps_rows_whole():
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_laws(make):
-    with pytest.raises(ValueError, match="weights|least"):
+    with pytest.raises(ValueError, match="weights|min_overlap"):
         make()
+
+
+def test_tables_hold_every_order_and_count():
+    training = Training(num_groups=(1, 3), orders=("bottom_to_top", list(range(16))))
+    orders, groups = training.tables(COORDS)
+    assert torch.equal(orders[0], decode_order("bottom_to_top", COORDS))
+    assert torch.equal(orders[1], torch.arange(16))
+    assert torch.equal(groups[1], GroupSchedule(num_tokens=16, num_groups=3).group)
+
+
+def test_every_example_draws_its_own_settings():
+    training = Training(num_groups=(1, 2, 4), orders=("top_to_bottom", "bottom_to_top"))
+    tables = training.tables(COORDS)
+    drawn = training.sample(3000, tables, torch.Generator().manual_seed(0))
+    num_groups = drawn.group.amax(1) + 1
+    counts = num_groups.bincount(minlength=5).double()[[1, 2, 4]]
+    # Standard error of a third of 3000: 25.8; four of them.
+    assert (counts - 1000).abs().max() < 104
+    assert abs(int((drawn.order[:, 0] > 0).sum()) - 1500) < 110
+    assert drawn.t.shape == (3000, 16)
+    together = drawn.group.diff(dim=1) == 0
+    assert (drawn.t.diff(dim=1)[together] == 0).all(), "a group has one time"
+
+
+def test_unseen_names_what_was_not_trained():
+    training = Training(num_groups=(1, 4), orders=("top_to_bottom",))
+    assert training.unseen(4, 0.5, "top_to_bottom") == []
+    assert training.unseen(1, 0.0, "random:3") == [], "one group has no order"
+    assert len(training.unseen(3, 0.5, "random:3")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"num_groups": ()}, "num_groups"),
+        ({"num_groups": (0,)}, "num_groups"),
+        ({"orders": ()}, "orders"),
+        ({"drop_cond": 1.5}, "drop_cond"),
+    ],
+)
+def test_bad_settings(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        Training(**arguments)
+
+
+def test_settings_that_do_not_fit_the_tokens():
+    with pytest.raises(ValueError, match="num_groups"):
+        Training(num_groups=(17,)).tables(COORDS)
+    with pytest.raises(ValueError, match="order"):
+        Training(orders=([0, 1],)).tables(COORDS)
