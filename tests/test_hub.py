@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rolldiff import ClassLabels, Cosine, Decoder, Patches, Training, Transformer
-from rolldiff.config import build, describe
-from rolldiff.times import Independent, LogitNormal, Mixture, Shared
+from rolldiff.diffusion.timesteps import Independent, LogitNormal, Mixture, Shared
+from rolldiff.hub import build, describe
 
 FILES = ["config.json", "model.safetensors"]
 built = []
@@ -68,7 +68,7 @@ def test_round_trip(decoder, tmp_path):
     [
         "os.system",
         "torch.nn.Linear",
-        "rolldiff.config.importlib.import_module",
+        "rolldiff.hub.importlib.import_module",
         "rolldiff.cli.main",
         "rolldiff.__main__.main",
         "rolldiff.hub.Path",
@@ -85,7 +85,7 @@ def test_a_configuration_names_nothing_but_our_classes(target):
 @pytest.mark.usefixtures("unchecked")
 def test_a_configuration_that_does_not_fit(decoder):
     with pytest.raises(ValueError, match="does not fit Patches"):
-        build({"_target_": "rolldiff.layout.Patches", "sides": 3})
+        build({"_target_": "rolldiff.Patches", "sides": 3})
     with pytest.raises(ValueError, match="must describe a Decoder"):
         Decoder.from_config(describe(Patches(8)))
     with pytest.raises(ValueError, match="cannot hold"):
@@ -132,7 +132,7 @@ def test_no_pickle_is_ever_read(decoder, tmp_path):
 def test_weights_must_be_those_of_the_configuration(decoder, tmp_path):
     decoder.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    place = "backbone.place"
+    place = "backbone.pos_embed"
 
     def refused(state, words):
         save_file(state, tmp_path / "model.safetensors")

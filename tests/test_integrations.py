@@ -3,19 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from rolldiff import ClassLabels, Decoder, Patches, TokenGrid, Training
-from rolldiff.config import build
-from rolldiff.streams import Streams
+from rolldiff import ClassLabels, DecodeConfig, Decoder, Patches, TokenGrid, Training
+from rolldiff.diffusion.process import PerSampleNoise
+from rolldiff.hub import build
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: nothing is tested")
 
-from rolldiff.integrations.diffusers import DiffusersBackbone, DiffusersDecoder  # noqa: E402
-from rolldiff.integrations.diffusers_network import Network  # noqa: E402
+from rolldiff.integrations.diffusers import (  # noqa: E402
+    DiffusersBackbone,
+    DiffusersDecoder,
+    Network,
+)
 
 LATENTS = 2, 4, 4, 4
 
@@ -89,23 +93,26 @@ def images(pipe, seed=0):
 
 
 def test_a_pipeline_decodes_with_it(latent_decoder, tmp_path):
-    vae = DiffusersDecoder(latent_decoder, num_groups=4, overlap=0.5, steps=2, scaling_factor=0.5)
+    config = DecodeConfig(num_groups=4, overlap=0.5, steps=2)
+    vae = DiffusersDecoder(latent_decoder, decode_config=config, scaling_factor=0.5)
     pipe = pipeline(vae)
     assert images(pipe).shape == (2, 16, 16, 3)
     assert (images(pipe) == images(pipe)).all()
     assert (images(pipe) != images(pipe, seed=1)).any()
-    vae.num_groups, vae.order = 2, "random:0"
+    vae.decoding = replace(config, num_groups=2, order="random:0")
     changed = images(pipe)
 
     pipe.save_pretrained(tmp_path)
     read = diffusers.DiTPipeline.from_pretrained(tmp_path)
     assert type(read.vae) is DiffusersDecoder
-    assert read.vae.num_groups == read.vae.config.num_groups == 2
+    assert read.vae.decoding == vae.decoding
+    assert read.vae.config.decode_config["num_groups"] == 2
     assert (images(read) == changed).all()
 
 
 def test_it_is_decode_with_a_grid(latent_decoder):
-    vae = DiffusersDecoder(latent_decoder, num_groups=2, steps=3, guidance=0.5)
+    config = DecodeConfig(num_groups=2, steps=3, guidance=0.5)
+    vae = DiffusersDecoder(latent_decoder, decode_config=config)
     z = torch.randn(LATENTS)
     grid = z.permute(0, 2, 3, 1)
 
@@ -142,8 +149,9 @@ def test_what_pipelines_read(latent_decoder):
 
 
 def test_round_trip(latent_decoder, tmp_path):
-    vae = DiffusersDecoder(latent_decoder, num_groups=2, steps=2, encoder=nn.Conv2d(3, 4, 4, 4))
-    vae.overlap = 0.5
+    config = DecodeConfig(num_groups=2, steps=2)
+    vae = DiffusersDecoder(latent_decoder, decode_config=config, encoder=nn.Conv2d(3, 4, 4, 4))
+    vae.decoding = replace(config, overlap=0.5)
     vae.save_pretrained(tmp_path)
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -162,7 +170,7 @@ def test_round_trip(latent_decoder, tmp_path):
     assert half.encoder is None
     assert half.dtype == torch.bfloat16
     # Tables are not rounded with the weights.
-    ours, theirs = half.model.backbone._rotation, latent_decoder.backbone._rotation
+    ours, theirs = half.model.backbone._rope, latent_decoder.backbone._rope
     assert torch.equal(ours, theirs)
 
     config["decoder"]["backbone"]["_target_"] = "torch.nn.Linear"
@@ -214,7 +222,7 @@ def test_one_group_is_the_network_itself(name, patch):
     image = torch.randn(2, *layout.image_shape)
     label = torch.tensor([1, 3])
     order = torch.randperm(layout.num_tokens)
-    cond = decoder.condition.check(label, 2, image.device)
+    cond = decoder.conditioning.validate(label, 2, image.device)
     context = backbone.prepare(order, torch.zeros_like(order), cond)
     t = torch.tensor([0.3])
     with torch.no_grad():
@@ -233,7 +241,7 @@ def test_a_decode_is_an_euler_loop_of_diffusers(name):
     label = torch.full((2,), 7) if name == "dit" else None
     ours = decoder.decode(cond, num_images=2, steps=steps, seed=3).image
 
-    noise = Streams(3, 2).normal(layout.num_tokens, layout.token_dim)
+    noise = PerSampleNoise(3, 2).normal(layout.num_tokens, layout.token_dim)
     x = layout.image(noise)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
@@ -250,7 +258,7 @@ def test_a_time_for_each_token_of_a_dit(patch):
     backbone, layout = decoder.backbone, decoder.layout
     order = torch.randperm(layout.num_tokens)
     group = torch.arange(layout.num_tokens) * 4 // layout.num_tokens
-    context = backbone.prepare(order, group, decoder.condition.check(2, 2, order.device))
+    context = backbone.prepare(order, group, decoder.conditioning.validate(2, 2, order.device))
     x_t = torch.randn(2, layout.num_tokens, layout.token_dim)
 
     def call(t):
@@ -264,7 +272,7 @@ def test_a_time_for_each_token_of_a_dit(patch):
     each = backbone.prepare(
         order.expand(2, -1),
         group.expand(2, -1),
-        decoder.condition.check(2, 2, order.device),
+        decoder.conditioning.validate(2, 2, order.device),
     )
     mixed = torch.rand(layout.num_tokens)
     with torch.no_grad():  # an order and times for each example
@@ -287,7 +295,7 @@ def test_groups_and_guidance_of_a_dit():
     decoded = decoder.decode(label, guidance=1.0, **ask)
     assert decoded.image.isfinite().all()
     assert not decoded.cost.cached
-    one = decoder.decode(label[1:], guidance=1.0, first=1, **ask).image
+    one = decoder.decode(label[1:], guidance=1.0, start_index=1, **ask).image
     torch.testing.assert_close(decoded.image[1:], one, rtol=1e-4, atol=1e-5)
     # Guidance by hand: the null label is the row behind the classes.
     with_null = decoder.decode(label, guidance=-1.0, **ask).image
@@ -330,9 +338,7 @@ def test_a_decoder_with_a_network_is_saved(name, tmp_path):
 
 def test_networks_that_are_refused():
     with pytest.raises(ValueError, match="network must be one of DiTTransformer2DModel"):
-        build(
-            {"_target_": "rolldiff.integrations.diffusers_network.Network", "name": "DiTPipeline"}
-        )
+        build({"_target_": "rolldiff.integrations.diffusers.Network", "name": "DiTPipeline"})
     layout = Patches(8, channels=1, patch=2)
     with pytest.raises(ValueError, match="network must be one of"):
         DiffusersBackbone(layout, nn.Linear(1, 1))
@@ -350,7 +356,7 @@ def test_networks_that_are_refused():
     assert fresh.network.config.block_out_channels == (8, 16)
 
 
-def test_what_a_network_cannot_be_told():
+def test_what_a_network_cannot_take():
     decoder = decoder_of(unet(), patch=2, num_groups=(1, 2))
     with pytest.raises(ValueError, match="num_groups must be 1 for a UNet2DModel.*got 2"):
         decoder.decode(num_groups=2, steps=2)

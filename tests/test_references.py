@@ -4,8 +4,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from oracles import Gaussian, natural_covariance, run
-from rolldiff import Euler, Rectified, RollingSchedule
-from rolldiff.noise import NoiseSchedule
+from rolldiff import Euler, GroupSchedule, Rectified
+from rolldiff.diffusion.process import NoiseSchedule
 
 COVARIANCE = natural_covariance(4)
 X_1 = torch.randn(3, 16, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -18,9 +18,10 @@ def test_flow_euler():
     scheduler.set_timesteps(sigmas=[(steps - i) / steps for i in range(steps)])
     x = X_1.clone()
     for time, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
-        estimate = oracle.at(x, torch.full((16,), float(sigma), dtype=torch.float64), (0, 16))
+        estimate = oracle.at(x, torch.full((16,), float(sigma), dtype=torch.float64), slice(0, 16))
         x = scheduler.step(estimate.eps - estimate.x, time, x).prev_sample
-    ours = run(oracle, X_1, noise, Euler(), RollingSchedule(1), steps).x_t
+    schedule = GroupSchedule(num_tokens=16, steps=steps)
+    ours = run(oracle, X_1, schedule, noise=noise, solver=Euler()).x_t
     torch.testing.assert_close(ours, x.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -44,7 +45,7 @@ class Tabled(NoiseSchedule):
         return (1 - self._cumulated(t)).sqrt()
 
     def rates(self, t):
-        return t * torch.nan, t * torch.nan  # DDIM does not ask
+        return t * torch.nan, t * torch.nan  # DDIM does not use them
 
 
 def test_ddim():
@@ -61,6 +62,7 @@ def test_ddim():
     x = X_1.clone()
     for r, time in enumerate(scheduler.timesteps):
         t = torch.full((16,), (steps - r) / steps, dtype=torch.float64)
-        x = scheduler.step(oracle.at(x, t, (0, 16)).eps, time, x).prev_sample
-    ours = run(oracle, X_1, noise, Euler(), RollingSchedule(1), steps).x_t
+        x = scheduler.step(oracle.at(x, t, slice(0, 16)).eps, time, x).prev_sample
+    schedule = GroupSchedule(num_tokens=16, steps=steps)
+    ours = run(oracle, X_1, schedule, noise=noise, solver=Euler()).x_t
     torch.testing.assert_close(ours, x.double(), rtol=1e-5, atol=1e-5)
