@@ -130,6 +130,6 @@ def generate(cfg: DictConfig) -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Measure quality against cost, and say where the report is."""
-    from rolldiff import bench as quality
+    from rolldiff.evaluation.sweep import bench as run
 
-    print(quality.bench(cfg, conf=config_dir()) / "report.md")
+    print(run(cfg, conf=config_dir()) / "report.md")

@@ -1,4 +1,4 @@
-"""Quality against cost: what is swept, resumed, shared and concluded."""
+"""Quality against cost: what is swept, resumed, distributed and reported."""
 
 import json
 import math
@@ -14,22 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import settings as run_settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
-from rolldiff import Decoder, Training
-from rolldiff.bench import bench
-from rolldiff.bench.conclusions import Point, best, comparisons, front, prices
-from rolldiff.bench.results import Results, Timings, setting_of
-from rolldiff.bench.settings import Setting, counted, grid, matched
-from rolldiff.bench.share import Share
+from rolldiff import AdamsBashforth2, DecodeConfig, Decoder, Euler, Heun, Midpoint, Training
 from rolldiff.cli import config_dir
+from rolldiff.errors import UsageError
+from rolldiff.evaluation.measure import Processes, expected_cost
+from rolldiff.evaluation.report import config_label, pareto_front
+from rolldiff.evaluation.sweep import SETTINGS, Results, Timings, bench, grid, match_cost
 
 ASK = {
     "num_groups": [1, 4],
     "overlap": [0.0, 0.5],
     "steps": [2, 4],
     "order": ["top_to_bottom", "bottom_to_top"],
-    "step": ["euler"],
+    "solver": [Euler()],
     "guidance": [0.0],
 }
 TINY = [
@@ -80,7 +83,7 @@ def numbers(folder):
     """All that must not depend on the machine's mood."""
     kept = ("nfe", "tokens", "flops", "metrics", "reference", "checkpoint", "extractors")
     rows = map(json.loads, lines(folder))
-    return {setting_of(row): {key: row[key] for key in kept} for row in rows}
+    return {tuple(row[k] for k in SETTINGS): {k: row[k] for k in kept} for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def test_a_setting_is_swept_once():
     settings = grid(16, **ASK)
     assert len(settings) == len(set(settings)) == 2 + 2 * 2 * 2
     assert [s for s in settings if s.num_groups == 1] == [
-        Setting(1, 0.0, steps, "top_to_bottom") for steps in (2, 4)
+        DecodeConfig(num_groups=1, steps=steps) for steps in (2, 4)
     ]
     # 0.3 and 0.5 of two steps both round to a stagger of one.
     assert len(grid(16, **ASK | {"overlap": [0.3, 0.5], "steps": [2], "num_groups": [4]})) == 2
@@ -131,57 +134,48 @@ def test_settings_out_of_range(wrong, words):
 
 
 @pytest.mark.parametrize("match", ["nfe", "tokens", "seconds"])
-def test_matched_settings_cost_the_same(match):
-    settings = grid(256, **ASK | {"num_groups": [1, 2, 8, 64], "steps": [32]})
+def test_matched_configurations_cost_the_same(match):
+    configs = grid(256, **ASK | {"num_groups": [1, 2, 8, 64], "steps": [32]})
 
-    def counts(setting):
-        return counted(setting, 256, calls=1, causal=True)
+    def cost(config):
+        nfe, tokens = expected_cost(config, 256)
+        seconds = 0.1 * config.num_groups + 0.05 * config.steps
+        return {"nfe": nfe, "tokens": tokens, "seconds": seconds}[match]
 
-    def seconds(setting):
-        return 0.1 * setting.num_groups, 0.05
-
-    found = matched(settings, match, counts=counts, seconds=seconds if match == "seconds" else None)
+    found = match_cost(configs, cost)
     budget = {"nfe": 32, "tokens": 32 * 256, "seconds": 0.1 + 0.05 * 32}[match]
-    reached = {
-        s.num_groups: {
-            "nfe": counts(s)[0],
-            "tokens": counts(s)[1],
-            "seconds": sum(c * f for c, f in zip(seconds(s), (1, s.steps), strict=True)),
-        }[match]
-        for s in found
-    }
+    reached = {config.num_groups: cost(config) for config in found}
     # 64 groups take 64 calls, or 6.4 seconds, with a single step.
     assert set(reached) == ({1, 2, 8, 64} if match == "tokens" else {1, 2, 8})
-    for cost in reached.values():
-        assert abs(math.log(cost / budget)) < math.log(1.2)
+    for value in reached.values():
+        assert abs(math.log(value / budget)) < math.log(1.2)
     with pytest.raises(ValueError, match="num_groups 1"):
-        matched(settings[1:], match, counts=counts)
+        match_cost(configs[1:], cost)
 
 
-def test_a_cheaper_setting_gets_more_steps_and_a_dear_one_is_left_out():
-    cheap, dear = (Setting(g, 0.0, 8, "top_to_bottom") for g in (2, 4))
-    settings = [Setting(1, 0.0, 8, "top_to_bottom"), cheap, dear]
+def test_a_cheaper_configuration_gets_more_steps_and_an_expensive_one_is_left_out():
+    configs = [DecodeConfig(num_groups=g, steps=8) for g in (1, 2, 4)]
 
-    def seconds(setting):
-        return {1: (0.0, 1.0), 2: (0.0, 0.5), 4: (15.0, 1.0)}[setting.num_groups]
+    def seconds(config):
+        offset, slope = {1: (0.0, 1.0), 2: (0.0, 0.5), 4: (15.0, 1.0)}[config.num_groups]
+        return offset + slope * config.steps
 
-    found = matched(settings, "seconds", counts=lambda s: (0, 0), seconds=seconds)
-    assert [(s.num_groups, s.steps) for s in found] == [(1, 8), (2, 16)]
+    found = match_cost(configs, seconds)
+    assert [(c.num_groups, c.steps) for c in found] == [(1, 8), (2, 16)]
 
 
-def test_matched_seconds_are_taken_once(tmp_path):
-    asked = []
+def test_matched_seconds_are_measured_once(tmp_path):
+    measured = []
 
-    def fitted(setting):
-        asked.append(setting)
+    def measure(config):
+        measured.append(replace(config, steps=1))
         return 0.5, 0.25
 
-    settings = grid(16, **ASK)
+    configs = grid(16, **ASK)
     for _ in range(2):
-        timings = Timings(tmp_path / "timings.json", fitted=fitted)
-        found = matched(settings, "seconds", counts=lambda s: (0, 0), seconds=timings)
-        assert set(found) == set(settings)
-    assert len(asked) == len(set(asked)) == len({s.same_but_steps() for s in settings})
+        found = match_cost(configs, Timings(tmp_path / "timings.json", measure=measure))
+        assert set(found) == set(configs)
+    assert len(measured) == len(set(measured)) == len({replace(c, steps=1) for c in configs})
 
 
 def test_a_bench_at_matched_calls(run, tmp_path):
@@ -207,9 +201,10 @@ def test_a_bench_leaves_results_a_report_and_pictures(whole):
     for name in ("cost.png", "samples_equal_nfe.png", "samples_equal_tokens.png", "matrices.png"):
         assert f"({name})" in report
         assert (whole / name).stat().st_size > 5000
-    assert "At equal seconds" in report
-    assert re.search(r"Better: (several|one|no)", report)
-    assert re.search(r"\| 2 groups, overlap 0 \| \d\.\d\d … \d\.\d\d \|", report)
+    rows = [line for line in report.splitlines() if line.startswith(("| 1 group", "| 2 groups"))]
+    assert len(rows) == 2 + 2 * 2
+    assert all(re.search(r"\| \**\d+\** \| \**\d+\** \| .* ± ", row) for row in rows)
+    assert "**" in rows[0], "the cheapest configuration is on the front"
 
 
 def test_operations_are_those_of_the_tokens(whole):
@@ -261,41 +256,49 @@ def test_two_processes_give_the_numbers_of_one(run, whole, tmp_path):
 
 
 def test_batches_are_dealt_in_turn():
-    assert [list(Share(r, 3).mine(7)) for r in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [list(Processes(r, 3).shard(7)) for r in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
 
 
-def point(num_groups, nfe, mean, std=0.01):
-    return Point(Setting(num_groups, 0.0, 4, "top_to_bottom"), nfe, nfe, float(nfe), mean, std)
+def record(num_groups, nfe, mean, std=0.01):
+    settings = {"num_groups": num_groups, "overlap": 0.0, "steps": 4, "order": "top_to_bottom"}
+    metrics = {"fd": {"mean": mean, "std": std}}
+    return settings | {"solver": "euler", "guidance": 0.0, "nfe": nfe, "metrics": metrics}
 
 
 def test_the_front_holds_what_nothing_cheaper_beats():
-    cells = [point(1, 4, 3.0), point(1, 8, 2.0), point(2, 8, 2.5), point(2, 16, 2.1)]
-    assert [c.mean for c in front(cells, "nfe")] == [3.0, 2.0]
-    assert front([point(1, 8, 2.0), point(1, 4, 2.0)], "nfe") == [point(1, 4, 2.0)]
+    records = [record(1, 4, 3.0), record(1, 8, 2.0), record(2, 8, 2.5), record(2, 16, 2.1)]
+    front = pareto_front(records, cost="nfe", metric="fd")
+    assert [r["metrics"]["fd"]["mean"] for r in front] == [3.0, 2.0]
+    tie = [record(1, 8, 2.0), record(1, 4, 2.0)]
+    assert pareto_front(tie, cost="nfe", metric="fd") == [tie[1]]
 
 
-def test_a_difference_counts_beyond_twice_the_spread():
-    cells = [point(1, 4, 3.0), point(1, 8, 2.0), point(2, 8, 2.02), point(2, 16, 1.9)]
-    found = [(c.budget, c.verdict) for c in comparisons(cells, "nfe")]
-    assert found == [(8, "neither"), (16, "several")]
-    assert comparisons([point(1, 4, 1.0), point(2, 4, 2.0)], "nfe")[0].verdict == "one"
-    alone = comparisons([point(1, 4, 1.0, None), point(2, 4, 2.0, None)], "nfe")
-    assert alone[0].verdict is None
+def test_labels_leave_out_the_defaults():
+    assert config_label(record(1, 4, 1.0)) == "1 group, 4 steps"
+    other = record(4, 4, 1.0) | {"order": "random:0", "solver": "heun", "guidance": 0.5}
+    assert config_label(other) == "4 groups, overlap 0, 4 steps, random:0, heun, guidance 0.5"
 
 
-def test_the_best_at_any_cost():
-    cells = [point(1, 4, 3.0), point(1, 8, 2.0), point(2, 8, 1.7), point(4, 16, 1.9)]
-    found = best(cells)
-    assert (found.one.mean, found.several.mean, found.verdict) == (2.0, 1.7, "several")
-    assert best(cells[:2]) is None
-    assert best(cells[2:]) is None
+@pytest.mark.parametrize(("causal", "cache"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("solver", [Euler(), Heun(), Midpoint(), AdamsBashforth2()], ids=repr)
+def test_the_expected_cost_is_the_measured_cost(make, solver, causal, cache):
+    decoder = make(causal=causal)
 
+    @run_settings(max_examples=15)
+    @given(st.integers(1, 16), st.floats(0, 1), st.integers(1, 5), st.booleans())
+    def agree(num_groups, overlap, steps, guidance):
+        config = DecodeConfig(
+            num_groups=num_groups,
+            overlap=overlap,
+            steps=steps,
+            solver=solver,
+            guidance=1.0 if guidance else 0.0,
+        )
+        cost = decoder.decode([1], config, cache=cache, seed=0).cost
+        expected = expected_cost(config, 16, causal=causal, cache=cache)
+        assert (cost.nfe, cost.tokens) == expected
 
-def test_a_price_is_taken_at_equal_steps():
-    cells = [point(1, 4, 1.0), point(2, 6, 1.0), point(2, 5, 1.0), point(4, 8, 1.0)]
-    assert prices(cells) == {(2, 0.0): [1.5, 1.25], (4, 0.0): [2.0]}
-    other = replace(cells[1], setting=replace(cells[1].setting, steps=8))
-    assert prices([cells[0], other]) == {}, "no single group took as many steps"
+    agree()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +306,7 @@ def test_a_price_is_taken_at_equal_steps():
     [
         ("bench.features=[colour]", "bench.features must be among"),
         ("bench.features=[resnet56_cifar10]", "path"),
-        ("bench.step=[leap]", "bench.step must be among"),
+        ("bench.solver=[leap]", "bench.solver must be among"),
         ("bench.samples=1", "bench.samples"),
         ("bench.seeds=[1,1]", "bench.seeds"),
         ("bench.match=money", "bench.match"),
@@ -314,7 +317,8 @@ def test_a_price_is_taken_at_equal_steps():
 def test_bad_settings(run, tmp_path, override, words):
     with pytest.raises(Exception, match=words) as caught:
         bench(ask(run, tmp_path / "new", override), conf=config_dir())
-    assert "ValueError" in repr(caught.getrepr("short")) or "Missing" in str(caught.type)
+    error = caught.value.__cause__ or caught.value
+    assert isinstance(error, UsageError | MissingMandatoryValue)
     assert not (tmp_path / "new").exists()
 
 
@@ -328,7 +332,7 @@ def test_a_folder_of_other_results_is_refused(run, whole):
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
     with pytest.raises(ValueError, match="line 2"):
-        Results(tmp_path / "results.jsonl", same={"samples": 1})
+        Results(tmp_path / "results.jsonl", same={"samples": 1}, solvers={})
 
 
 def test_data_of_others_are_not_called(run, tmp_path):

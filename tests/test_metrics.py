@@ -5,7 +5,7 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from rolldiff import Grouping
+from rolldiff import GroupSchedule
 from rolldiff.evaluation import metrics
 from rolldiff.evaluation.metrics import (
     band_distances,
@@ -146,7 +146,7 @@ def test_precision_and_recall_of_what_is_known():
 
 
 def test_seam_ratio():
-    group = Grouping(8, 4).group[:, None].expand(8, 8)
+    group = GroupSchedule(num_tokens=8, num_groups=4).group[:, None].expand(8, 8)
     real = torch.rand(200, 1, 8, 8)
     assert seam_ratio(real, real, group) == 1
     steps = real + 3 * group  # each group a level higher: the boundary is all the same height

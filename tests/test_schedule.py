@@ -90,7 +90,7 @@ def test_bad_order(order):
 
 @given(SETTINGS)
 def test_matrix_law(numbers):
-    num_groups, overlap, steps = numbers
+    num_groups, _, steps = numbers
     schedule = schedule_of(*numbers)
     k, matrix = schedule.stagger, schedule.matrix
     assert 0 <= k <= steps

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from rolldiff.errors import reason
+from rolldiff.errors import UsageError, reason
 
 __all__ = [
     "HFlip",
@@ -69,7 +69,7 @@ def load_image(record: Record, *, image_size: int, channels: int) -> UInt8[Tenso
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        ValueError: if the data is not an image, or is damaged.
+        UsageError: if the data is not an image, or is damaged.
     """
     data = record.data
     try:
@@ -77,7 +77,7 @@ def load_image(record: Record, *, image_size: int, channels: int) -> UInt8[Tenso
             image = opened.convert("L" if channels == 1 else "RGB")
     # Decoders raise almost any exception on a damaged file.
     except Exception as error:
-        raise ValueError(f"data must be pictures, got {record.name}: {reason(error)}") from error
+        raise UsageError(f"data must be pictures, got {record.name}: {reason(error)}") from error
     size = (image_size, image_size)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
@@ -95,7 +95,7 @@ def load_images(
         on_error: whether an unreadable image is skipped with a warning or raises.
 
     Raises:
-        ValueError: if an image is unreadable and `on_error` is `raise`, or if none is left.
+        UsageError: if an image is unreadable and `on_error` is `raise`, or if none is left.
     """
     images, labels = [], []
     for record in records:
@@ -108,7 +108,7 @@ def load_images(
             continue
         labels.append(record.label)
     if not images:
-        raise ValueError("data must hold a picture at least, got none")
+        raise UsageError("data must hold a picture at least, got none")
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -148,7 +148,7 @@ class LazyImages(Dataset):
                 return self.load(record), record.label
             except ValueError as error:
                 warnings.warn(f"skipped: {error}", stacklevel=2)
-        raise ValueError("data must hold a picture at least, got none")
+        raise UsageError("data must hold a picture at least, got none")
 
 
 class HFlip(Dataset):

@@ -28,6 +28,7 @@ from rolldiff.data.datasets import (
     load_image,
     load_images,
 )
+from rolldiff.errors import UsageError
 
 __all__ = ["Images"]
 
@@ -66,18 +67,18 @@ class Images(L.LightningDataModule, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         if min(self.batch_size, self.max_steps, self.image_size) < 1:
-            raise ValueError(
+            raise UsageError(
                 "batch_size, max_steps and image_size must be 1 or more, got "
                 f"{self.batch_size}, {self.max_steps} and {self.image_size}"
             )
         if self.channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+            raise UsageError(f"channels must be 1 or 3, got {self.channels}")
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+            raise UsageError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.reference_images is not None and self.reference_images < 2:
-            raise ValueError(f"reference_images must be 2 or more, got {self.reference_images}")
+            raise UsageError(f"reference_images must be 2 or more, got {self.reference_images}")
         if self.on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be skip or raise, got {self.on_error!r}")
+            raise UsageError(f"on_error must be skip or raise, got {self.on_error!r}")
         self._batches_seen = 0
 
     @abstractmethod
@@ -85,7 +86,7 @@ class Images(L.LightningDataModule, ABC):
         """The whole source as a dataset that is indexed with `[B]` indices.
 
         Raises:
-            ValueError: if an image is unreadable and `on_error` is `raise`, or if none is left.
+            UsageError: if an image is unreadable and `on_error` is `raise`, or if none is left.
         """
 
     def from_records(self, records: Sequence[Record]) -> Dataset:

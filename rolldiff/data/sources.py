@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rolldiff.data.datasets import InMemoryImages, Record, StreamingImages, load_images
 from rolldiff.data.module import Images
-from rolldiff.errors import reason
+from rolldiff.errors import UsageError, reason
 
 __all__ = ["Digits", "Folder", "Hub"]
 
@@ -32,7 +32,7 @@ class Digits(Images):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.image_size, self.channels) != (8, 1):
-            raise ValueError(
+            raise UsageError(
                 "digits must be 8 x 8 pixels of 1 channel, got image_size "
                 f"{self.image_size} and channels {self.channels}"
             )
@@ -60,7 +60,7 @@ class Folder(Images):
     def build_dataset(self) -> Dataset:
         root = Path(self.path)
         if not root.is_dir():
-            raise ValueError(f"data.path must be a folder of pictures, got {self.path}")
+            raise UsageError(f"data.path must be a folder of pictures, got {self.path}")
         found = (file.relative_to(root) for file in root.rglob("*") if file.is_file())
         files = sorted(file for file in found if not any(p.startswith(".") for p in file.parts))
         classes = sorted({file.parts[0] for file in files if len(file.parts) > 1})
@@ -95,9 +95,9 @@ class Hub(Images):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name is None and self.path is None:
-            raise ValueError("data.name or data.path must say which image set, got neither")
+            raise UsageError("data.name or data.path must say which image set, got neither")
         if self.streaming and (self.held_out or self.flip or self.reference_images is None):
-            raise ValueError(
+            raise UsageError(
                 "streaming must come with reference_images, held_out 0 and flip false, got "
                 f"{self.reference_images}, {self.held_out} and {self.flip}"
             )
@@ -144,13 +144,13 @@ class Hub(Images):
         try:
             table = load_dataset(path, split=self.split, streaming=self.streaming)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 "data must be a folder in the hub's schema (data.path=FOLDER) or a name that can "
                 f"be fetched from the hub, got {path}: {reason(error)}"
             ) from error
         columns = [c for c in (self.image_column, self.label_column) if c is not None]
         if not set(columns) <= set(table.column_names or ()):
-            raise ValueError(
+            raise UsageError(
                 f"image_column and label_column must be among {table.column_names}, got {columns}"
             )
         # Undecoded, so that a damaged image is reported by its row and does not stop the others.

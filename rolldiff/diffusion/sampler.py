@@ -176,12 +176,14 @@ class Solver(ABC):
 
     Attributes:
         order: the order of the global error in `1 / S` for smooth data.
-        nfe_per_step: network calls per step, at most.
+        nfe_per_step: network calls per step.
+        nfe_last_step: network calls in a token's last step, at s = 0.
         multistep: whether the rule uses the step before.
     """
 
     order: int
     nfe_per_step: int = 1
+    nfe_last_step: int = 1
     multistep: bool = False
 
     @abstractmethod
@@ -242,6 +244,7 @@ class Midpoint(Solver):
 
     order = 2
     nfe_per_step = 2
+    nfe_last_step = 2
 
     def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s = interval.t, interval.s

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rolldiff.errors import reason
+from rolldiff.errors import UsageError, reason
 
 __all__ = [
     "Classifier",
@@ -67,18 +67,18 @@ class Extractor(nn.Module):
         """The features of images.
 
         Raises:
-            ValueError: if the images have the wrong shape, or the features are not `[B, F]`.
+            UsageError: if the images have the wrong shape, or the features are not `[B, F]`.
         """
         if image.ndim != 4 or (self.channels and image.shape[1] not in self.channels):
             channels = " or ".join(map(str, self.channels)) or "C"
-            raise ValueError(
+            raise UsageError(
                 f"image must have shape (B, {channels}, H, W), got {tuple(image.shape)}"
             )
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             features = self.features(image.float())
         if not isinstance(features, Tensor) or features.shape[:-1] != image.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
-            raise ValueError(f"features must be a tensor of shape (B, F), got {found}")
+            raise UsageError(f"features must be a tensor of shape (B, F), got {found}")
         return features
 
     def train(self, mode: bool = True) -> "Extractor":
@@ -108,7 +108,7 @@ def as_extractor(module: nn.Module, *, name: str | None = None) -> Extractor:
         name: its name; by default its attribute `name`, or else its class name in lower case.
 
     Raises:
-        ValueError: if the name has other than lower-case letters, digits and underscores.
+        UsageError: if the name has other than lower-case letters, digits and underscores.
     """
     if isinstance(module, Extractor):
         return module
@@ -116,7 +116,7 @@ def as_extractor(module: nn.Module, *, name: str | None = None) -> Extractor:
         own = getattr(module, "name", None)
         name = own if isinstance(own, str) else type(module).__name__.lower()
     if not re.fullmatch("[a-z0-9_]+", name):
-        raise ValueError(
+        raise UsageError(
             f"name must be of lower-case letters, digits and underscores, got {name!r}"
         )
     return _ModuleExtractor(module, name)
@@ -230,22 +230,22 @@ def train_classifier(
         The classifier, on the CPU.
 
     Raises:
-        ValueError: if the shapes do not fit, `steps` is not 1 or more, a label is below 0, or the
+        UsageError: if the shapes do not fit, `steps` is not 1 or more, a label is below 0, or the
             folder cannot be written.
     """
     if image.ndim != 4 or not all(8 <= size <= 64 for size in image.shape[2:]):
-        raise ValueError(
+        raise UsageError(
             f"image must have shape (N, C, H, W) with 8 … 64 pixels, got {tuple(image.shape)}"
         )
     if len(image) < 10 or label.shape != image.shape[:1]:
-        raise ValueError(
+        raise UsageError(
             "ten images and a label for each are needed at least, got "
             f"{len(image)} and labels of shape {tuple(label.shape)}"
         )
     if label.is_floating_point() or label.min() < 0:
-        raise ValueError(f"label must be integers from 0, got {label.dtype} from {label.min()}")
+        raise UsageError(f"label must be integers from 0, got {label.dtype} from {label.min()}")
     if steps < 1:
-        raise ValueError(f"steps must be 1 or more, got {steps}")
+        raise UsageError(f"steps must be 1 or more, got {steps}")
 
     image, label = image.detach().float().cpu(), label.detach().long().cpu()
     num_classes = int(label.max()) + 1
@@ -314,12 +314,12 @@ def _read_classifier(path: Path, classifier: Classifier) -> Classifier:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if short_hash(state) != metadata["hash"]:
-            raise ValueError(f"hash must be {metadata['hash']}, got {short_hash(state)}")
+            raise UsageError(f"hash must be {metadata['hash']}, got {short_hash(state)}")
         classifier.load_state_dict(state)
         classifier.accuracy = float(metadata["accuracy"])
         return classifier
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise ValueError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def _cache_folder(folder: str | Path | None) -> Path:
@@ -331,9 +331,9 @@ def _cache_folder(folder: str | Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"folder must be one that can be made, got {folder}: {error}") from error
+        raise UsageError(f"folder must be one that can be made, got {folder}: {error}") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"folder must be one that can be written, got {folder}")
+        raise UsageError(f"folder must be one that can be written, got {folder}")
     return folder
 
 
@@ -350,7 +350,7 @@ class ResNet56(Extractor):
             trained on RGB in [0, 1], normalised by `MEAN` and `STD`.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it holds another network.
+        UsageError: if there is no such file, it is damaged, or it holds another network.
     """
 
     name = "resnet56_cifar10"
@@ -361,7 +361,7 @@ class ResNet56(Extractor):
     MEAN = (0.485, 0.456, 0.406)
     STD = (0.229, 0.224, 0.225)
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | None) -> None:
         super().__init__()
         path = _existing_file(path, "a file of weights")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
@@ -375,7 +375,7 @@ class ResNet56(Extractor):
         try:
             self.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"path must be a safetensors file of ResNet-56, got {path}: {reason(error)}"
             ) from error
         self.freeze()
@@ -430,7 +430,7 @@ class Inception(Extractor):
             former once.
 
     Raises:
-        ValueError: if torch-fidelity is not installed or cannot be imported, there is no such file,
+        UsageError: if torch-fidelity is not installed or cannot be imported, there is no such file,
             it does not match the hash in its name, or it holds another network.
     """
 
@@ -446,7 +446,7 @@ class Inception(Extractor):
         expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
         digest = hashlib.sha256(data).hexdigest()
         if not expected or not digest.startswith(expected[1]):
-            raise ValueError(
+            raise UsageError(
                 f"path must end in the start of its SHA-256, as {INCEPTION} does, "
                 f"got {path} with {digest[:8]}"
             )
@@ -459,7 +459,7 @@ class Inception(Extractor):
             tensors.seek(0)
             self.network = network("inception", ["2048"], feature_extractor_weights_path=tensors)
         except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"path must be a file of Inception's weights, got {path}: {reason(error)}"
             ) from error
         self.freeze()
@@ -478,12 +478,12 @@ def _import_inception() -> Any:
         # By name: torch-fidelity and torchvision are needed for FID alone.
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"Inception needs torch-fidelity: pip install rolldiff[fid] ({reason(error)})"
         ) from error
     except RuntimeError as error:
         # A torchvision of another build of torch reports only that an operator does not exist.
-        raise ValueError(
+        raise UsageError(
             "Inception needs a torchvision built for the installed torch "
             f"{torch.__version__}: {reason(error)}"
         ) from error
@@ -497,14 +497,14 @@ def _download_inception() -> Path:
         try:
             torch.hub.download_url_to_file(RELEASE + INCEPTION, str(path), progress=False)
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"path must be given where nothing can be downloaded: {INCEPTION} from {RELEASE} "
                 f"({reason(error)})"
             ) from error
     return path
 
 
-def _existing_file(path: str | Path, expected: str) -> Path:
-    if not Path(path).is_file():
-        raise ValueError(f"path must be {expected}, got {path}, which is no file")
+def _existing_file(path: str | Path | None, expected: str) -> Path:
+    if path is None or not Path(path).is_file():
+        raise UsageError(f"path must be {expected}, got {path}, which is no file")
     return Path(path)

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rolldiff.errors import UsageError
+
 __all__ = ["labelled_rows", "make_grid", "save_gif"]
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -61,11 +63,11 @@ def save_gif(
         hold: seconds for which the last frame is shown.
 
     Raises:
-        ValueError: if there is no frame.
+        UsageError: if there is no frame.
     """
     images = list(frames)
     if not images:
-        raise ValueError("frames must hold one image or more, got none")
+        raise UsageError("frames must hold one image or more, got none")
     # Browsers slow anything below 20 ms per frame down to 100 ms.
     duration = max(20, round(1000 * seconds / len(images)))
     durations = [duration] * (len(images) - 1) + [round(1000 * hold)]

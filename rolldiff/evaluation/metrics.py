@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rolldiff.errors import UsageError
+
 __all__ = [
     "band_distances",
     "boundaries",
@@ -41,17 +43,17 @@ def frechet_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> 
         fake: the same features of two samples or more.
 
     Raises:
-        ValueError: if the shapes are wrong, a side has fewer than two samples, or a feature is not
+        UsageError: if the shapes are wrong, a side has fewer than two samples, or a feature is not
             finite.
     """
     size = real.shape[-1]
     for name, side in (("real", real), ("fake", fake)):
         if side.ndim != 2 or side.shape[1] != size:
-            raise ValueError(f"features must have shape (B, {size}), got {tuple(side.shape)}")
+            raise UsageError(f"features must have shape (B, {size}), got {tuple(side.shape)}")
         if len(side) < 2:
-            raise ValueError(f"two {name} samples are needed at least, got {len(side)}")
+            raise UsageError(f"two {name} samples are needed at least, got {len(side)}")
         if not side.isfinite().all():
-            raise ValueError(f"features must be finite, got {name} ones that are not")
+            raise UsageError(f"features must be finite, got {name} ones that are not")
     with torch.autocast(real.device.type, enabled=False):
         a, b = real.detach().double(), fake.detach().double()
         between = (a.mean(0) - b.mean(0)).square().sum()
@@ -80,11 +82,11 @@ def band_distances(
     It shows drift from the first rows to the last.
 
     Raises:
-        ValueError: if there are more bands than rows.
+        UsageError: if there are more bands than rows.
     """
     height = real.shape[2]
     if not 1 <= bands <= height:
-        raise ValueError(f"bands must be in 1 … {height} (the rows), got {bands}")
+        raise UsageError(f"bands must be in 1 … {height} (the rows), got {bands}")
     pairs = zip(real.tensor_split(bands, 2), fake.tensor_split(bands, 2), strict=True)
     return [pixel_distance(a, b) for a, b in pairs]
 
@@ -137,11 +139,11 @@ def precision_recall(
         k: the neighbour that defines the radius.
 
     Raises:
-        ValueError: if a side has `k` samples or fewer.
+        UsageError: if a side has `k` samples or fewer.
     """
     for name, side in (("real", real), ("fake", fake)):
         if len(side) <= k:
-            raise ValueError(f"{name} must have more than {k} samples, got {len(side)}")
+            raise UsageError(f"{name} must have more than {k} samples, got {len(side)}")
     real, fake = real.double(), fake.double()
     return _fraction_inside(fake, real, k), _fraction_inside(real, fake, k)
 
@@ -173,11 +175,11 @@ def seam_ratio(
         group: the group of each pixel.
 
     Raises:
-        ValueError: if all neighbouring pixels are of different groups, or all of the same group.
+        UsageError: if all neighbouring pixels are of different groups, or all of the same group.
     """
     across = boundaries(group)
     if across is None:
-        raise ValueError("group must have neighbouring pixels of two groups and of one, got none")
+        raise UsageError("group must have neighbouring pixels of two groups and of one, got none")
     ratios = []
     for image in (fake, real):
         diffs = [image.double().diff(dim=dim).abs().mean((0, 1)).flatten() for dim in (2, 3)]

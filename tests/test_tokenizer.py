@@ -1,4 +1,4 @@
-"""Images to codes, codes by a prior, and the picture behind them."""
+"""Images to codes, codes by a prior, and the images decoded from them."""
 
 import json
 import subprocess
@@ -12,13 +12,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from rolldiff import Decoder, TokenGrid, Training, chain
-from rolldiff.chain import PriorReport, TokenizerReport
+from rolldiff import DecodeConfig, Decoder, TokenGrid, Training
 from rolldiff.cli import config_dir
-from rolldiff.generate import Generation, timed
-from rolldiff.nn.encoder import Encoder
-from rolldiff.prior import Prior
-from rolldiff.tokenizer import Tokenizer
+from rolldiff.evaluation import report as reports
+from rolldiff.evaluation.report import PriorReport, TokenizerReport
+from rolldiff.tokenizer import Encoder, Generation, Prior, Tokenizer
+from rolldiff.tokenizer.pipeline import measure_latency
 
 pytest.importorskip("vector_quantize_pytorch")
 LEVELS = [3, 4]
@@ -62,15 +61,15 @@ def images(count=6):
 ASK = {"num_groups": 4, "steps": 2}
 
 
-def test_codes_are_what_the_decoder_is_told(tokenizer):
+def test_codes_are_the_condition_of_the_decoder(tokenizer):
     image = images()
     codes = tokenizer.encode(image)
     assert codes.shape == (6, 16)
-    assert 0 <= codes.min() <= codes.max() < tokenizer.codes == 12
+    assert 0 <= codes.min() <= codes.max() < tokenizer.codebook_size == 12
     assert len(codes.unique()) > 4
-    torch.testing.assert_close(tokenizer.latents_of(codes), tokenizer.latents(image))
-    pieces = torch.cat(list(tokenizer.pieces(iter(codes.unbind(1)))), dim=1)
-    assert torch.equal(pieces.unflatten(1, (4, 4)), tokenizer.latents_of(codes))
+    torch.testing.assert_close(tokenizer.dequantize(codes), tokenizer.latents(image))
+    pieces = torch.cat(list(tokenizer.stream_latents(iter(codes.unbind(1)))), dim=1)
+    assert torch.equal(pieces.unflatten(1, (4, 4)), tokenizer.dequantize(codes))
 
 
 def test_the_encoder_trains_through_the_decoder(tokenizer):
@@ -86,15 +85,10 @@ def test_a_tokenizer_is_saved_and_read(tokenizer, tmp_path):
     read = Tokenizer.from_pretrained(tmp_path)
     codes = tokenizer.encode(images())
     assert torch.equal(codes, read.encode(images()))
-    told = tokenizer.latents_of(codes)
-    assert torch.equal(read.latents_of(codes), told)
+    told = tokenizer.dequantize(codes)
+    assert torch.equal(read.dequantize(codes), told)
     found, wanted = (made.decoder.decode(told, seed=3, **ASK) for made in (read, tokenizer))
     assert torch.equal(found.image, wanted.image)
-
-
-def test_a_prior_is_not_compiled(prior):
-    with pytest.raises(ValueError, match="compile must be false"):
-        prior.compile()
 
 
 def test_a_code_depends_on_no_later_one(prior):
@@ -102,9 +96,7 @@ def test_a_code_depends_on_no_later_one(prior):
 
     def logits(codes):
         h = prior.embed(torch.cat([codes.new_full((1, 1), 12), codes[:, :-1]], dim=1))
-        number = torch.arange(16)
-        bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
-        return prior._logits(h, torch.tensor([1]), slice(0, 16), bias=bias)
+        return prior._logits(h, torch.tensor([1]), start=0)
 
     for place in (0, 7, 15):
         other = codes.clone()
@@ -115,34 +107,32 @@ def test_a_code_depends_on_no_later_one(prior):
 
 def test_written_codes_are_the_likeliest_at_temperature_0(prior):
     """With the cache, one at a time, as without it, all at once."""
-    written = torch.stack(list(prior.write([0, 2], temperature=1e-9, seed=0)), dim=1)
+    written = torch.stack(list(prior.generate([0, 2], temperature=1e-9, seed=0)), dim=1)
     losses = []
     for label in ([0, 2], [1, 1]):
         prior.drop_cond, prior.dropout = 0.0, 0.0
         losses.append(prior.loss(written, label))
     assert losses[0] < losses[1]
-    number = torch.arange(16)
-    bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
     h = prior.embed(torch.cat([written.new_full((2, 1), 12), written[:, :-1]], dim=1))
-    likeliest = prior._logits(h, torch.tensor([0, 2]), slice(0, 16), bias=bias).argmax(-1)
+    likeliest = prior._logits(h, torch.tensor([0, 2]), start=0).argmax(-1)
     assert torch.equal(likeliest, written)
 
 
 def test_draws_follow_the_distribution(prior):
     """The first code's frequencies against the softmax, within four standard errors."""
     count = 4000
-    first = next(iter(prior.write([1] * count, seed=0)))
+    first = next(iter(prior.generate([1] * count, seed=0)))
     h = prior.embed(torch.tensor([[12]]))
-    p = prior._logits(h, torch.tensor([1]), slice(0, 1))[0, 0].softmax(-1)
+    p = prior._logits(h, torch.tensor([1]), start=0)[0, 0].softmax(-1)
     error = 4 * (p * (1 - p) / count).sqrt() + 1e-9
     assert ((first.bincount(minlength=12) / count - p).abs() < error).all()
 
 
 def test_guidance_goes_towards_the_label(prior):
     h = prior.embed(torch.tensor([[12]]))
-    told, null = (prior._logits(h, torch.tensor([i]), slice(0, 1))[0, 0] for i in (1, 3))
+    told, null = (prior._logits(h, torch.tensor([i]), start=0)[0, 0] for i in (1, 3))
     for guidance in (0.5, 8.0):
-        code = next(iter(prior.write([1], guidance=guidance, temperature=1e-9, seed=0)))
+        code = next(iter(prior.generate([1], guidance=guidance, temperature=1e-9, seed=0)))
         assert code == (told + guidance * (told - null)).argmax()
 
 
@@ -155,18 +145,16 @@ def test_what_training_drops(prior):
     prior.drop_cond = 0.0
     assert not torch.allclose(prior.loss(codes, [0, 1, 2, 0]), prior.loss(codes))
     prior.dropout = 1.0
-    number = torch.arange(16)
-    bias = torch.zeros(16, 16).masked_fill(number[:, None] < number, -torch.inf)
     nothing, null = torch.zeros(4, 16, 16), torch.full((4,), 3)
-    logits = prior._logits(nothing, null, slice(0, 16), bias=bias)
+    logits = prior._logits(nothing, null, start=0)
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
     torch.testing.assert_close(prior.loss(codes), wanted)
 
 
 def test_an_image_gets_the_same_codes_alone_and_in_a_batch(prior):
     ask = {"seed": 5, "guidance": 0.5}
-    together = torch.stack(list(prior.write([0, 1, 2], **ask)), dim=1)
-    alone = torch.stack(list(prior.write([1], first=1, **ask)), dim=1)
+    together = torch.stack(list(prior.generate([0, 1, 2], **ask)), dim=1)
+    alone = torch.stack(list(prior.generate([1], start_index=1, **ask)), dim=1)
     assert torch.equal(together[1:2], alone)
 
 
@@ -179,17 +167,16 @@ def test_a_prior_learns_what_it_is_shown(prior):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    written = torch.stack(list(prior.write([0, 1, 2], seed=0, temperature=0.1)), dim=1)
+    written = torch.stack(list(prior.generate([0, 1, 2], seed=0, temperature=0.1)), dim=1)
     assert torch.equal(written, codes)
 
 
-def test_drawing_behind_the_codes_is_drawing_after_them(tokenizer, prior):
+def test_decoding_while_codes_are_generated_is_decoding_after_them(tokenizer, prior):
     for settings in (ASK, {"num_groups": 1, "steps": 2}, ASK | {"overlap": 0.5}):
-        generation = Generation(
-            prior, tokenizer, cond=[0, 1], num_images=2, seed=7, settings=settings
-        )
+        config = DecodeConfig(**settings)
+        generation = Generation(prior, tokenizer, cond=[0, 1], num_images=2, seed=7, config=config)
         whole = generation.images()
-        frames = [(frame, generation.written) for frame in generation.stream()]
+        frames = [(frame, generation.num_generated) for frame in generation.stream()]
         assert torch.equal(frames[-1][0].image, whole)
         (last,) = generation.stream(frames=1, wait=True)
         assert torch.equal(last.image, whole)
@@ -200,8 +187,11 @@ def test_drawing_behind_the_codes_is_drawing_after_them(tokenizer, prior):
 
 
 def test_the_first_row_needs_no_more_than_its_codes(tokenizer, prior):
-    generation = Generation(prior, tokenizer, cond=[0], seed=7, settings=ASK)
-    arriving, waiting = timed(generation, wait=False), timed(generation, wait=True)
+    generation = Generation(prior, tokenizer, cond=[0], seed=7, config=DecodeConfig(**ASK))
+    arriving, waiting = (
+        measure_latency(generation, wait=False),
+        measure_latency(generation, wait=True),
+    )
     assert arriving.codes_at_first_row == 4
     assert waiting.codes_at_first_row == 16
     assert 0 < arriving.first_row < arriving.whole
@@ -210,24 +200,23 @@ def test_the_first_row_needs_no_more_than_its_codes(tokenizer, prior):
 def test_reports(tokenizer, prior, tmp_path):
     image, label = images(12), torch.arange(12) % 3
     report = TokenizerReport(num_groups=[1, 4], steps=1)
-    report.check(tokenizer)
+    report.validate(tokenizer)
     found = report(tokenizer, image, label=label, folder=tmp_path, seed=0).values
     assert set(found["psnr"]) == {"1", "4"}
     assert found["tokens_per_image"] == 16
-    report = PriorReport(num_groups=4, steps=1)
-    report.check(prior.reading(tokenizer))
+    report = PriorReport(tokenizer=tokenizer, num_groups=4, steps=1)
+    report.validate(prior)
     found = report(prior, image, label=label, folder=tmp_path, seed=0).values
-    assert found["while_written"]["codes_at_first_row"] == 4
+    assert found["while_generated"]["codes_at_first_row"] == 4
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"reconstructions.png", "samples.png", "stream.gif"}
 
 
 def test_reports_do_not_depend_on_their_batches(tokenizer, prior, tmp_path, monkeypatch):
     image, label = images(12), torch.arange(12) % 3
-    prior.reading(tokenizer)
     found = []
     for batch in (5, 500):
-        monkeypatch.setattr(chain, "BATCH", batch)
+        monkeypatch.setattr(reports, "BATCH", batch)
         ask = {"label": label, "folder": tmp_path, "seed": 0}
         tokens = TokenizerReport(num_groups=[2], steps=1)(tokenizer, image, **ask).values
         codes = PriorReport(num_groups=2, steps=1)(prior, image, **ask).values
@@ -247,26 +236,22 @@ def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
         ({"samples": 3}, "samples must be 4"),
     ):
         with pytest.raises(ValueError, match=words):
-            PriorReport(**wrong).check(prior.reading(tokenizer))
+            PriorReport(tokenizer=tokenizer, **wrong).validate(prior)
         if "overlap" not in wrong:
             several = {"num_groups": [wrong.get("num_groups", 1)]}
             with pytest.raises(ValueError, match=words):
-                TokenizerReport(**(wrong | several)).check(tokenizer)
+                TokenizerReport(**(wrong | several)).validate(tokenizer)
 
 
 def test_what_does_not_belong_together(tokenizer, prior):
     with pytest.raises(ValueError, match="same codes"):
         Generation(Prior(16, 13), tokenizer)
-    with pytest.raises(ValueError, match="16 codes of 13"):
-        Prior(16, 13).reading(tokenizer)
     with pytest.raises(ValueError, match="must agree"):
         Tokenizer(tokenizer.encoder, tokenizer.decoder, levels=[3, 3, 3])
     with pytest.raises(ValueError, match="in 0 … 11"):
-        tokenizer.latents_of(torch.full((1, 16), 12))
+        tokenizer.dequantize(torch.full((1, 16), 12))
     with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
-        tokenizer.latents_of(torch.zeros(1, 15, dtype=torch.long))
-    with pytest.raises(ValueError, match="a tokenizer first"):
-        prior.loss(images())
+        tokenizer.dequantize(torch.zeros(1, 15, dtype=torch.long))
     with pytest.raises(ValueError, match=r"shape \(B, 16\)"):
         prior.loss(torch.zeros(1, 15, dtype=torch.long))
     for wrong, words in (
@@ -275,7 +260,7 @@ def test_what_does_not_belong_together(tokenizer, prior):
         ({"cond": [3]}, "in 0 … 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            next(prior.write(**wrong))
+            next(prior.generate(**wrong))
     for sizes in ({"width": 15}, {"dropout": 1.0}, {"depth": 0}):
         with pytest.raises(ValueError, match="must be"):
             Prior(16, 12, **({"width": 16, "heads": 2} | sizes))
@@ -285,13 +270,13 @@ def test_what_does_not_belong_together(tokenizer, prior):
 
 def test_a_prior_over_the_codes_of_a_run(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior_model.width=33", "run_dir=unused"]
+    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior.width=33", "run_dir=unused"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", ask)
-    made = instantiate(cfg.lit, _convert_="all").model
-    sizes = {"num_tokens": 16, "codes": 12, "num_classes": 10, "width": 33, "drop_cond": 0.1}
-    assert sizes.items() <= made.config.items()
-    assert torch.equal(made.tokenizer.encode(images()), tokenizer.encode(images()))
+    lit = instantiate(cfg.lit, _convert_="all")
+    sizes = {"num_tokens": 16, "codebook_size": 12, "num_classes": 10, "width": 33}
+    assert sizes.items() <= lit.model.config.items()
+    assert torch.equal(lit.tokenizer.encode(images()), tokenizer.encode(images()))
 
 
 @pytest.mark.slow
@@ -302,7 +287,7 @@ def test_the_whole_chain_from_the_command_line(tmp_path):
     for ask in (
         ["train", "experiment=tokenizer", *short, f"run_dir={tokens}"],
         ["train", "experiment=prior", f"tokenizer={tokens}", *short, f"run_dir={codes}"],
-        ["generate", f"prior={codes}", f"decoder={tokens}", "label=3", "num_groups=4", "steps=2"],
+        ["generate", f"prior={codes}", f"tokenizer={tokens}", "label=3", "num_groups=4", "steps=2"],
     ):
         done = subprocess.run(
             [rolldiff, *ask], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -1,0 +1,335 @@
+"""Measuring one configuration: images for every seed, their metrics, and the cost of decoding.
+
+Sample `i` of a seed has the same noise and the same label in every configuration, so that
+configurations are compared on the same draws. Under `torchrun` the batches are distributed over the
+processes and gathered in order, so that the results are bit-identical for any number of processes.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, distributed
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
+from rolldiff.diffusion.schedule import decode_order
+from rolldiff.evaluation.features import Extractor
+from rolldiff.evaluation.metrics import (
+    band_distances,
+    boundaries,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    seam_ratio,
+)
+
+__all__ = [
+    "Evaluator",
+    "Measurement",
+    "Processes",
+    "device_name",
+    "expected_cost",
+    "extract_features",
+    "processes",
+]
+
+T = TypeVar("T")
+BANDS = 4
+
+
+def expected_cost(
+    config: DecodeConfig, num_tokens: int, *, causal: bool = True, cache: bool = True
+) -> tuple[int, int]:
+    """The `nfe` and `tokens` of a decoding, in closed form.
+
+    With a cache and a solver of one call per step they are
+
+        nfe = R = S + (G - 1) k,        tokens = N (S + 1) - (tokens of the last group),
+
+    for any number of groups and overlap: `S` evaluations per token, and one to write the cache,
+    which the last group does not need.
+
+    Args:
+        config: the settings.
+        num_tokens: `N`.
+        causal: whether the backbone is block-causal.
+        cache: whether finished tokens are cached; only a causal backbone can.
+    """
+    schedule = config.schedule(num_tokens=num_tokens)
+    solver, guidance = config.solver, config.guidance
+    ends, rows, k = schedule.ends, schedule.num_steps, schedule.stagger
+    together = k == 0 or schedule.num_groups == 1
+    last = num_tokens if together else num_tokens - ends[-2]
+    extra = solver.nfe_per_step - 1
+    # Some solvers skip the second call in the rows in which all moving tokens take their last step.
+    one_by_one = k == schedule.steps and not together
+    skipped = 0
+    if solver.nfe_last_step < solver.nfe_per_step:
+        skipped = schedule.num_groups if one_by_one else 1
+    again = extra * (rows - skipped)
+    if causal and cache:
+        spared = 0 if not skipped else num_tokens if one_by_one else last
+        tokens = num_tokens * (schedule.steps + 1) - last
+        tokens += extra * (num_tokens * schedule.steps - spared)
+    elif causal:
+        # A token is in every call from its group's start to the end.
+        sizes = [b - a for a, b in pairwise(ends)]
+        tokens = sum(size * (rows - g * k) for g, size in enumerate(sizes))
+        if extra:
+            alone = [g * k + schedule.steps - 1 for g in range(len(sizes))]
+            alone = alone if one_by_one else [rows - 1]
+            started = [ends[schedule.moving(i).stop] for i in alone] if skipped else []
+            tokens += tokens - sum(started)
+    else:
+        tokens = num_tokens * (rows + again)
+    scale = guidance if isinstance(guidance, int | float) else guidance.scale
+    return rows + again, tokens * (2 if scale else 1)
+
+
+class _Batch(NamedTuple):
+    """What one process contributes: a batch of one seed."""
+
+    image: Tensor
+    features: dict[str, Tensor]
+    nfe: int
+    tokens: int
+    seconds: float
+    seconds_to_first_group: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The results of one configuration.
+
+    Attributes:
+        nfe: network calls in series.
+        tokens: token evaluations per image.
+        flops: floating-point operations per image, by torch's counter.
+        seconds: of decoding one batch, the median over batches and seeds.
+        seconds_to_first_group: until its first group was final, likewise.
+        metrics: for each metric `values` (one per seed), their `mean` and their `std`; lists for a
+            metric of several parts.
+    """
+
+    nfe: int
+    tokens: int
+    flops: int
+    seconds: float
+    seconds_to_first_group: float
+    metrics: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What all configurations of a benchmark share.
+
+    Attributes:
+        decoder: the decoder.
+        image: the images that samples are compared with.
+        label: their labels; sample `i` gets that of image `i`, cyclically. None decodes without.
+        extractors: by name.
+        features: of the images, by the same names.
+        samples: images per seed.
+        seeds: of the noise.
+        batch_size: images decoded at a time.
+        pairs: images of each side, at most, in metrics of pairs of images or of pixels.
+        dtype: what the network computes in, see `Decoder.decode`.
+        processes: the processes that share the work.
+    """
+
+    decoder: Decoder
+    image: Float[Tensor, "N C H W"]
+    label: Int[Tensor, " N"] | None
+    extractors: Mapping[str, Extractor]
+    features: Mapping[str, Tensor]
+    samples: int
+    seeds: Sequence[int]
+    batch_size: int
+    pairs: int
+    dtype: torch.dtype | None
+    processes: "Processes"
+
+    def decode(
+        self, config: DecodeConfig, *, seed: int, start_index: int = 0, count: int
+    ) -> DecodeOutput:
+        """The samples `start_index … start_index + count - 1` of a seed."""
+        cond = None
+        if self.label is not None:
+            cond = self.label[(start_index + torch.arange(count)) % len(self.label)]
+        return self.decoder.decode(
+            cond,
+            config,
+            num_images=count,
+            seed=seed,
+            start_index=start_index,
+            dtype=self.dtype,
+        )
+
+    def measure(self, config: DecodeConfig) -> Measurement | None:
+        """Measure a configuration; None on all processes but the main one."""
+        full_batch = min(self.batch_size, self.samples)
+        starts = [(seed, n) for seed in self.seeds for n in range(0, self.samples, self.batch_size)]
+        if self.decoder.device.type == "cuda":  # the first decoding compiles, or warms up
+            self.decode(config, seed=self.seeds[0], count=full_batch)
+        shard = self.processes.shard(len(starts))
+        batches = self.processes.gather([self._batch(config, *starts[n]) for n in shard])
+        if not self.processes.is_main:
+            return None
+        full = [b for b in batches if len(b.image) == full_batch]
+        per_seed = len(batches) // len(self.seeds)
+        values = [
+            self._metrics(config, batches[i : i + per_seed])
+            for i in range(0, len(batches), per_seed)
+        ]
+        return Measurement(
+            nfe=batches[0].nfe,
+            tokens=batches[0].tokens,
+            flops=self._flops(config),
+            seconds=statistics.median(b.seconds for b in full),
+            seconds_to_first_group=statistics.median(b.seconds_to_first_group for b in full),
+            metrics={name: _mean_std([v[name] for v in values]) for name in values[0]},
+        )
+
+    def _batch(self, config: DecodeConfig, seed: int, start_index: int) -> _Batch:
+        count = min(self.batch_size, self.samples - start_index)
+        output = self.decode(config, seed=seed, start_index=start_index, count=count)
+        image, cost = output.image.float(), output.cost
+        features = {name: extractor(image).cpu() for name, extractor in self.extractors.items()}
+        return _Batch(
+            image.cpu(), features, cost.nfe, cost.tokens, cost.seconds, cost.seconds_to_first_group
+        )
+
+    def _metrics(self, config: DecodeConfig, batches: Sequence[_Batch]) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        for name, extractor in self.extractors.items():
+            real, fake = self.features[name], torch.cat([b.features[name] for b in batches])
+            metrics[extractor.distance_name] = float(frechet_distance(real, fake))
+            real, fake = real[: self.pairs], fake[: self.pairs]
+            metrics[f"kd_{name}"] = float(kernel_distance(real, fake))
+            precision, recall = precision_recall(real, fake)
+            metrics[f"precision_{name}"] = float(precision)
+            metrics[f"recall_{name}"] = float(recall)
+        image = torch.cat([b.image for b in batches])
+        if (group := self._pixel_groups(config)) is not None:
+            metrics["seams"] = float(seam_ratio(self.image, image, group))
+        bands = min(BANDS, image.shape[2])
+        metrics["by_band"] = band_distances(
+            self.image[: self.pairs], image[: self.pairs], bands=bands
+        )
+        return metrics
+
+    def _pixel_groups(self, config: DecodeConfig) -> Int[Tensor, "H W"] | None:
+        """The group of each pixel; None if there are no seams: one group, or a group per pixel."""
+        layout = self.decoder.layout
+        group = config.schedule(num_tokens=layout.num_tokens).group
+        raster = torch.empty_like(group)
+        raster[decode_order(config.order, layout.coords)] = group
+        tokens = raster[None, :, None].expand(1, -1, layout.token_dim).float()
+        pixels = layout.image(tokens)[0, 0].long()
+        return pixels if boundaries(pixels) is not None else None
+
+    def _flops(self, config: DecodeConfig) -> int:
+        # torch's counter does not know attention on a CPU.
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        with FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops}) as counter:
+            self.decode(config, seed=0, count=1)
+        return counter.get_total_flops()
+
+
+def extract_features(
+    image: Float[Tensor, "N C H W"], extractor: Extractor, *, device: torch.device
+) -> Float[Tensor, "N F"]:
+    """The features of many images, a part at a time."""
+    return torch.cat([extractor(part.to(device)).cpu() for part in image.split(500)])
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _mean_std(values: list[Any]) -> dict[str, Any]:
+    table = torch.tensor(values, dtype=torch.float64)
+    # The standard deviation of a single seed is undefined, not 0.
+    std = table.std(0).tolist() if len(values) > 1 else None
+    return {"mean": table.mean(0).tolist(), "std": std, "values": values}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a benchmark. The main one, of rank 0, computes the metrics and writes."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def shard(self, count: int) -> range:
+        """The indices, of `count`, that this process handles."""
+        return range(self.rank, count, self.size)
+
+    def gather(self, shard: list[T]) -> list[T]:
+        """The results of all processes in the order of the indices; empty but on the main one."""
+        if self.size == 1:
+            return shard
+        shards: list[list[T] | None] | None = [None] * self.size if self.is_main else None
+        distributed.gather_object(shard, shards)
+        if shards is None:
+            return []
+        parts = [part for part in shards if part is not None]
+        return [
+            parts[n % self.size][n // self.size] for n in range(sum(len(part) for part in parts))
+        ]
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on all processes."""
+        box = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run a block on the main process before the others, so that it fills the caches."""
+        if self.size > 1 and not self.is_main:
+            distributed.barrier()
+        yield
+        if self.size > 1 and self.is_main:
+            distributed.barrier()
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that `torchrun` started, or this one alone.
+
+    Results are gathered on the CPU with gloo; the process of local rank `i` decodes on CUDA device
+    `i` if there are any.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("gloo")
+    try:
+        yield Processes(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,556 @@
+"""Reports: of a benchmark (`report.md`), and of a training (distances and pictures).
+
+A training report is validated against the model before the training begins, and called when it has
+ended.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rolldiff.decoder import DecodeConfig, Decoder
+from rolldiff.diffusion.sampler import Solver
+from rolldiff.errors import UsageError
+from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
+from rolldiff.evaluation.measure import Evaluator
+from rolldiff.evaluation.metrics import frechet_distance, kernel_distance, pixel_distance, psnr
+from rolldiff.evaluation.plots import COSTS, groups_label, plot_costs, plot_matrices
+from rolldiff.progress import progress
+from rolldiff.tokenizer import Generation, Prior, Tokenizer
+from rolldiff.tokenizer.pipeline import measure_latency
+
+__all__ = [
+    "DecoderReport",
+    "PriorReport",
+    "Report",
+    "TokenizerReport",
+    "TrainingReport",
+    "config_label",
+    "pareto_front",
+    "random_halves",
+    "split_half_distance",
+    "write_report",
+]
+
+Record = dict[str, Any]
+BATCH = 500
+SHOWN = 16  # images per row of a picture
+
+
+# ---------------------------------------------------------------------------------------------
+# Of a benchmark
+
+
+def config_label(record: Mapping[str, Any]) -> str:
+    """The settings of a record in a few words; defaults are left out."""
+    shape = groups_label(record["num_groups"], record["overlap"])
+    return ", ".join([shape, f"{record['steps']} steps", *_variant(record)])
+
+
+def _variant(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Order, solver and guidance, if they are not the default."""
+    variant = []
+    if record["num_groups"] > 1 and record["order"] != "top_to_bottom":
+        variant.append(str(record["order"]))
+    if record["solver"] != "euler":
+        variant.append(record["solver"])
+    if record["guidance"]:
+        variant.append(f"guidance {record['guidance']:g}")
+    return tuple(variant)
+
+
+def pareto_front(records: Sequence[Record], *, cost: str, metric: str) -> list[Record]:
+    """The records that no cheaper record beats, from the cheapest on."""
+    front: list[Record] = []
+
+    def value(record: Record) -> float:
+        return record["metrics"][metric]["mean"]
+
+    for record in sorted(records, key=lambda r: (r[cost], value(r))):
+        if not front or value(record) < value(front[-1]):
+            front.append(record)
+    return front
+
+
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    evaluator: Evaluator,
+    solvers: Mapping[str, Solver],
+) -> None:
+    """Write `report.md`, `cost*.png`, `samples_equal_*.png` and `matrices.png` from the records."""
+    distances = [extractor.distance_name for extractor in evaluator.extractors.values()]
+    floors = _floors(evaluator)
+    parts = [_setup(records[0], distances[0], floors, labels=evaluator.label is not None)]
+    variants = _variants(records)
+    for variant, members in variants.items():
+        title = ", ".join(variant) or "top to bottom, Euler"
+        file = "-".join(["cost", *(word.replace(" ", "_") for word in variant)]) + ".png"
+        plot_costs(members, folder / file, metrics=distances, title=title, floors=floors)
+        table = _table(members, [*distances, *_other_metrics(evaluator)], distances[0])
+        parts += [
+            f"## {title[0].upper()}{title[1:]}\n",
+            f"![metrics against cost]({file})\n",
+            table,
+        ]
+    usual = next(iter(variants.values()))
+    parts.append(_samples(usual, folder, evaluator=evaluator, solvers=solvers, metric=distances[0]))
+    shapes = sorted({(r["num_groups"], r["overlap"]) for r in usual})
+    steps = sorted({record["steps"] for record in usual})
+    plot_matrices(shapes, steps[len(steps) // 2], folder / "matrices.png")
+    parts.append("## When each group moves\n\n![scheduling matrices](matrices.png)\n")
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _setup(record: Record, metric: str, floors: Mapping[str, float], *, labels: bool) -> str:
+    halves = ", ".join(f"{name} {value:.3g}" for name, value in floors.items())
+    return f"""# Quality against cost
+
+Checkpoint `{record["ckpt"]}` ({record["checkpoint"]}), compared with {record["reference_images"]}
+images of {record["data"]} ({record["reference"]}). {record["samples"]} samples for each of
+{len(record["seeds"])} seeds per configuration; sample `i` has the same noise\
+{" and label" if labels else ""} in every configuration. {record["device"]}, \
+{record["threads"]} threads, {record["processes"]} process(es), torch \
+{record["versions"]["torch"]}; seconds are for a batch of {record["batch_size"]}.
+
+Metrics are means over the seeds, with their standard deviation. With three seeds the standard
+deviation is itself uncertain, and the best of many configurations is a little better than it would
+be with new seeds. A cost in bold marks the Pareto front of `{metric}`: no configuration with a
+lower cost of this kind has a lower distance. Grouping spends more network calls on fewer tokens
+each, so a result at equal tokens need not hold at equal NFE.
+
+Split-half distances, between two random halves of the data: {halves}. Halves are smaller sets than
+those compared here, so lower distances are possible. They say nothing about images outside of the
+data. `results.jsonl` holds every seed, and `by_band`, the pixel-space distance of each quarter from
+the top down.
+"""
+
+
+def _variants(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """Records by order, solver and guidance; a single group, which has no order, is in all."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        if record["num_groups"] > 1:
+            found.setdefault(_variant(record), []).append(record)
+    for record in records:
+        if record["num_groups"] == 1:
+            same = [
+                members
+                for members in found.values()
+                if all(members[0][key] == record[key] for key in ("solver", "guidance"))
+            ]
+            for members in same or [found.setdefault(_variant(record), [])]:
+                members.append(record)
+    return found
+
+
+def _other_metrics(evaluator: Evaluator) -> list[str]:
+    names = list(evaluator.extractors)
+    return [
+        *(f"kd_{name}" for name in names),
+        *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
+        "seams",
+    ]
+
+
+def _table(records: Sequence[Record], metrics: Sequence[str], metric: str) -> str:
+    fronts = {cost: pareto_front(records, cost=cost, metric=metric) for cost in COSTS}
+    heads = ["NFE", "tokens", "seconds", "to the first group", "MFLOP per image", *metrics]
+    lines = ["| configuration | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for record in sorted(records, key=lambda r: (r["num_groups"], r["overlap"], r["steps"])):
+        costs = []
+        for cost, front in fronts.items():
+            text = f"{record[cost]:.3g}" if cost == "seconds" else f"{record[cost]:,}"
+            costs.append(f"**{text}**" if record in front else text)
+        others = [f"{record['seconds_to_first_group']:.3g}", f"{record['flops'] / 1e6:.4g}"]
+        values = [_mean_std(record["metrics"].get(name)) for name in metrics]
+        lines.append(f"| {config_label(record)} | " + " | ".join([*costs, *others, *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_std(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "–"
+    spread = "" if metric["std"] is None else f" ± {metric['std']:.2g}"
+    return f"{metric['mean']:.3g}{spread}"
+
+
+def _samples(
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    evaluator: Evaluator,
+    solvers: Mapping[str, Solver],
+    metric: str,
+) -> str:
+    """For each group count, the samples of the most expensive record within the joint budget."""
+    parts = ["## Samples\n"]
+    joint = [record for record in records if record["num_groups"] == 1] or list(records)
+    for cost in ("nfe", "tokens"):
+        budget = max(record[cost] for record in joint)
+        rows = {"data": evaluator.image[:SHOWN]}
+        for num_groups in sorted({record["num_groups"] for record in records}):
+            affordable = [
+                r for r in records if r["num_groups"] == num_groups and r[cost] <= 1.1 * budget
+            ]
+            if affordable:
+                best = max(affordable, key=lambda r: (r[cost], -r["metrics"][metric]["mean"]))
+                settings = {k: best[k] for k in ("num_groups", "overlap", "steps", "order")}
+                config = DecodeConfig(
+                    **settings, solver=solvers[best["solver"]], guidance=best["guidance"]
+                )
+                output = evaluator.decode(config, seed=evaluator.seeds[0], count=SHOWN)
+                rows[f"{config_label(best)}: {cost} {best[cost]:,}"] = output.image.cpu()
+        file = f"samples_equal_{cost}.png"
+        labelled_rows(rows).save(folder / file)
+        parts.append(
+            f"At {cost} {budget:,}, or the nearest measured below:\n\n![samples]({file})\n"
+        )
+    return "\n".join(parts)
+
+
+def _floors(evaluator: Evaluator, *, splits: int = 5) -> dict[str, float]:
+    """The split-half distances of the data, means over some splits."""
+    floors: dict[str, float] = {}
+    for name, extractor in evaluator.extractors.items():
+        pairs = list(random_halves(evaluator.features[name], splits))
+        count = evaluator.pairs
+        floors[extractor.distance_name] = _mean(float(frechet_distance(a, b)) for a, b in pairs)
+        floors[f"kd_{name}"] = _mean(float(kernel_distance(a[:count], b[:count])) for a, b in pairs)
+    return floors
+
+
+def _mean(values: Iterator[float]) -> float:
+    items = list(values)
+    return sum(items) / len(items)
+
+
+def random_halves(data: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two random halves, several times; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(splits):
+        first, second = data[torch.randperm(len(data), generator=generator)].chunk(2)
+        yield first, second
+
+
+def split_half_distance(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float:
+    """The mean pixel-space distance between two random halves of the images."""
+    return _mean(pixel_distance(a, b) for a, b in random_halves(image, splits))
+
+
+# ---------------------------------------------------------------------------------------------
+# Of a training
+
+
+class Report(NamedTuple):
+    """What a training report found.
+
+    Attributes:
+        values: for `summary.json`.
+        table: for a terminal.
+        try_next: a command to try next.
+    """
+
+    values: dict[str, Any]
+    table: str
+    try_next: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport(ABC):
+    """What is measured and drawn when a training has ended.
+
+    Args:
+        steps: solver steps per group.
+        samples: images, at most, that are compared.
+    """
+
+    steps: int = 16
+    samples: int = 2000
+
+    @abstractmethod
+    def configs(self) -> list[DecodeConfig]:
+        """The settings that it decodes with."""
+
+    @abstractmethod
+    def decoder_of(self, model: Any) -> Decoder:
+        """The decoder of a model."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        model: Any,
+        image: Float[Tensor, "B C H W"],
+        *,
+        label: Int[Tensor, " B"],
+        folder: Path,
+        seed: int,
+    ) -> Report:
+        """Measure, and write pictures to the folder."""
+
+    def validate(self, model: Any) -> None:
+        """Refuse, before the training, what could only fail after it.
+
+        Raises:
+            UsageError: if the model cannot do what the report asks for.
+        """
+        configs = self.configs()
+        if not configs:
+            raise UsageError("report.num_groups must hold at least one value, got none")
+        for config in configs:
+            config.schedule(num_tokens=self.decoder_of(model).layout.num_tokens)
+        if self.samples < 4:  # they are halved, and a distance needs two
+            raise UsageError(f"report.samples must be 4 or more, got {self.samples}")
+
+    def subsample(self, image: Tensor, label: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """At most `samples` images and their labels, drawn without replacement."""
+        if len(image) <= self.samples:
+            return image, label
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(image), generator=generator)[: self.samples]
+        return image[chosen], label[chosen]
+
+
+def _decode_all(
+    decoder: Decoder, cond: Tensor | None, config: DecodeConfig, *, count: int, seed: int
+) -> Float[Tensor, "B C H W"]:
+    """`count` images, a batch at a time."""
+    parts = []
+    for start in range(0, count, BATCH):
+        n = min(BATCH, count - start)
+        part = None if cond is None else cond[start : start + n]
+        output = decoder.decode(part, config, num_images=n, seed=seed, start_index=start)
+        parts.append(output.image.cpu())
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderReport(TrainingReport):
+    """Of a decoder: the distance of samples to the data, and pictures, for several group counts.
+
+    Args:
+        num_groups: the group counts.
+        steps: solver steps per group.
+        samples: images, at most, that as many samples are compared with.
+    """
+
+    num_groups: Sequence[int]
+
+    def configs(self) -> list[DecodeConfig]:
+        return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
+
+    def decoder_of(self, model: Decoder) -> Decoder:
+        return model
+
+    def __call__(
+        self, model: Decoder, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Report:
+        image, label = self.subsample(image, label, seed=seed)
+        cond = label if model.conditioning.num_classes else None
+        self.pictures(model, image, label=cond, folder=folder, seed=seed)
+        distances = {}
+        for config in progress(self.configs(), "measuring"):
+            fake = _decode_all(model, cond, config, count=len(image), seed=seed)
+            distances[str(config.num_groups)] = pixel_distance(image, fake)
+        floor = split_half_distance(image)
+        lines = ["num_groups  fd_pixels"]
+        lines += [f"{groups:>10}  {value:9.3f}" for groups, value in distances.items()]
+        lines += [f"{'(floor)':>10}  {floor:9.3f}  two halves of the data"]
+        grouped = [groups for groups in distances if groups != "1"] or ["1"]
+        best = min(grouped, key=distances.__getitem__)
+        return Report(
+            {
+                "fd_pixels": distances,
+                "fd_pixels_floor": floor,
+                "samples": len(image),
+                "steps_per_group": self.steps,
+            },
+            "\n".join(lines),
+            f"rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
+            "num_images=64 out=images.png",
+        )
+
+    def pictures(
+        self,
+        decoder: Decoder,
+        image: Tensor,
+        *,
+        label: Tensor | None,
+        folder: Path,
+        seed: int,
+        count: int = 20,
+    ) -> None:
+        """Write `samples.png`, a row per `num_groups`, and `stream.gif`, a batch in progress."""
+        # As many of each class as possible, in turn; without labels, the first images. Cyclic.
+        chosen = torch.arange(count) % len(image)
+        if label is not None:
+            classes = [(label == c).nonzero()[:, 0] for c in label.unique()]
+            places = (divmod(i, len(classes)) for i in range(count))
+            chosen = torch.stack([classes[c][n % len(classes[c])] for n, c in places])
+        cond = None if label is None else label[chosen]
+        rows = {"data": image[chosen]}
+        for config in self.configs():
+            output = decoder.decode(cond, config, num_images=count, seed=seed)
+            rows[f"num_groups {config.num_groups}"] = output.image
+        labelled_rows(rows).save(folder / "samples.png")
+        groups = min(self.num_groups, key=lambda g: abs(g - 8))  # enough to see them move
+        config = DecodeConfig(
+            num_groups=groups, overlap=0.5 if groups > 1 else 1.0, steps=self.steps
+        )
+        frames = decoder.stream(cond, config, num_images=count, seed=seed)
+        save_gif((make_grid(f.image, columns=10) for f in frames), folder / "stream.gif")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerReport(TrainingReport):
+    """Of a tokenizer: the quality of reconstructions, for several group counts.
+
+    Args:
+        num_groups: the group counts.
+        steps: solver steps per group.
+        samples: images, at most.
+    """
+
+    num_groups: Sequence[int]
+
+    def configs(self) -> list[DecodeConfig]:
+        return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
+
+    def decoder_of(self, model: Tokenizer) -> Decoder:
+        return model.decoder
+
+    @torch.no_grad()
+    def __call__(
+        self, model: Tokenizer, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Report:
+        image, _ = self.subsample(image, label, seed=seed)
+        codes = torch.cat([model.encode(part.to(model.device)) for part in image.split(BATCH)])
+        latents = model.dequantize(codes)
+        rows = {"data": image[:SHOWN]}
+        ratios: dict[str, float] = {}
+        distances: dict[str, float] = {}
+        for config in progress(self.configs(), "measuring"):
+            fake = _decode_all(model.decoder, latents, config, count=len(image), seed=seed)
+            rows[f"num_groups {config.num_groups}"] = fake[:SHOWN]
+            ratios[str(config.num_groups)] = psnr(image, fake)
+            distances[str(config.num_groups)] = pixel_distance(image, fake)
+        labelled_rows(rows).save(folder / "reconstructions.png")
+        used = codes.flatten().bincount(minlength=model.codebook_size) / codes.numel()
+        perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
+        bits = model.num_tokens * math.log2(model.codebook_size)
+        lines = ["num_groups  psnr (dB)  fd_pixels"]
+        lines += [f"{g:>10}  {ratios[g]:9.2f}  {distances[g]:9.3f}" for g in ratios]
+        lines += [f"{model.num_tokens} codes of {model.codebook_size} per image, {bits:.0f} bits"]
+        return Report(
+            {
+                "psnr": ratios,
+                "fd_pixels": distances,
+                "fd_pixels_floor": split_half_distance(image),
+                "tokens_per_image": model.num_tokens,
+                "codes": model.codebook_size,
+                "bits_per_image": bits,
+                "codes_in_use": perplexity,
+                "samples": len(image),
+                "steps_per_group": self.steps,
+            },
+            "\n".join(lines),
+            f"rolldiff train experiment=prior tokenizer={folder}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorReport(TrainingReport):
+    """Of a prior and its tokenizer: the distance of generated images, and the time to see them.
+
+    Args:
+        tokenizer: the tokenizer whose codes the prior generates, or its run folder.
+        num_groups: groups of the decoding.
+        overlap: of successive groups.
+        steps: solver steps per group.
+        samples: images, at most, that as many generated ones are compared with.
+    """
+
+    tokenizer: Tokenizer | str
+    num_groups: int = 4
+    overlap: float = 0.0
+
+    def configs(self) -> list[DecodeConfig]:
+        return [DecodeConfig(num_groups=self.num_groups, overlap=self.overlap, steps=self.steps)]
+
+    def decoder_of(self, model: Prior) -> Decoder:
+        return self._tokenizer(model).decoder
+
+    def _tokenizer(self, model: Prior) -> Tokenizer:
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.to(model.device)
+        return Tokenizer.from_pretrained(self.tokenizer).to(model.device)
+
+    @torch.no_grad()
+    def __call__(
+        self, model: Prior, image: Tensor, *, label: Tensor, folder: Path, seed: int
+    ) -> Report:
+        tokenizer, (config,) = self._tokenizer(model), self.configs()
+        image, label = self.subsample(image, label, seed=seed)
+        labelled = bool(model.conditioning.parts)
+        images, codes = [], []
+        for start in progress(range(0, len(image), BATCH), "measuring"):
+            n = min(BATCH, len(image) - start)
+            cond = label[start : start + n] if labelled else None
+            generated = model.generate(cond, num_images=n, seed=seed, start_index=start)
+            codes.append(torch.stack(list(generated), dim=1))
+            latents = tokenizer.dequantize(codes[-1])
+            output = tokenizer.decoder.decode(latents, config, seed=seed, start_index=start)
+            images.append(output.image.cpu())
+        fake = torch.cat(images)
+        real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])
+        seen = {tuple(sequence) for sequence in real.tolist()}
+        known = sum(tuple(s) in seen for s in torch.cat(codes).tolist()) / len(image)
+        chosen = torch.cat([(label == c).nonzero()[:2, 0] for c in label.unique()])[:20]
+        rows = {"data": image[chosen], "generated": fake[chosen]}
+        labelled_rows(rows).save(folder / "samples.png")
+        generation = Generation(
+            model,
+            tokenizer,
+            cond=int(label[0]) if labelled else None,
+            seed=seed,
+            config=config,
+        )
+        measure_latency(generation, wait=False)  # warm up
+        streamed = measure_latency(generation, wait=False)
+        waited = measure_latency(generation, wait=True)
+        frames = (make_grid(frame.image) for frame in generation.stream())
+        save_gif(frames, folder / "stream.gif")
+        distance = pixel_distance(image, fake)
+        table = [
+            f"generated images: fd_pixels {distance:.3f}",
+            f"code sequences that occur in the data: {known:.0%}",
+            f"first row after {streamed.first_row:.3f} s ({streamed.codes_at_first_row} of "
+            f"{model.num_tokens} codes), whole image after {streamed.whole:.3f} s",
+            f"all codes first: first row after {waited.first_row:.3f} s, whole image after "
+            f"{waited.whole:.3f} s",
+        ]
+        return Report(
+            {
+                "fd_pixels": distance,
+                "fd_pixels_floor": split_half_distance(image),
+                "sequences_in_data": known,
+                "tokens_per_image": model.num_tokens,
+                "while_generated": asdict(streamed),
+                "all_codes_first": asdict(waited),
+                "samples": len(image),
+                "num_groups": self.num_groups,
+                "overlap": self.overlap,
+                "steps_per_group": self.steps,
+            },
+            "\n".join(table),
+            f"rolldiff generate prior={folder} tokenizer=TOKENIZER label=3 "
+            f"num_groups={self.num_groups} out=stream.gif",
+        )
