@@ -1,15 +1,16 @@
 """What the trainings of a tokenizer and of a prior leave behind."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from rolldiff.progress import progress
 
+from rolldiff.decoder import DecodeConfig
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
 from rolldiff.evaluation.metrics import pixel_distance, psnr
 from rolldiff.report import Reported, check_ask, floor, some
@@ -17,7 +18,7 @@ from rolldiff.tokenizer.pipeline import Generation, measure_latency
 from rolldiff.tokenizer.prior import Prior
 from rolldiff.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["PriorReport", "TokenizerReport", "prior_of"]
+__all__ = ["PriorReport", "TokenizerReport"]
 
 BATCH = 500
 SHOWN = 16
@@ -55,30 +56,30 @@ class TokenizerReport:
         codes = torch.cat([model.encode(part.to(model.device)) for part in image.split(BATCH)])
         page = {"data": image[:SHOWN]}
         ratios, distances = {}, {}
-        for num_groups in tqdm(self.num_groups, desc="measuring", unit="setting"):
+        for num_groups in progress(self.num_groups, "measuring", unit="setting"):
             ask = {"num_groups": num_groups, "steps": self.steps, "seed": seed}
             parts = []
             for number, part in enumerate(codes.split(BATCH)):
                 told = model.dequantize(part)
-                parts.append(model.decoder.decode(told, first=number * BATCH, **ask).image.cpu())
+                parts.append(model.decoder.decode(told, start_index=number * BATCH, **ask).image.cpu())
             drawn = torch.cat(parts)
             page[f"num_groups {num_groups}"] = drawn[:SHOWN]
             ratios[str(num_groups)] = psnr(image, drawn)
             distances[str(num_groups)] = pixel_distance(image, drawn)
         labelled_rows(page).save(folder / "reconstructions.png")
-        used = codes.flatten().bincount(minlength=model.codes) / codes.numel()
+        used = codes.flatten().bincount(minlength=model.codebook_size) / codes.numel()
         perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
         lines = ["num_groups  psnr (dB)  fd_pixels"]
         lines += [f"{g:>10}  {ratios[g]:9.2f}  {distances[g]:9.3f}" for g in ratios]
-        bits = model.num_tokens * math.log2(model.codes)
-        lines += [f"{model.num_tokens} codes of {model.codes} an image, {bits:.0f} bits"]
+        bits = model.num_tokens * math.log2(model.codebook_size)
+        lines += [f"{model.num_tokens} codes of {model.codebook_size} an image, {bits:.0f} bits"]
         return Reported(
             {
                 "psnr": ratios,
                 "fd_pixels": distances,
                 "fd_pixels_floor": floor(image),
                 "tokens_per_image": model.num_tokens,
-                "codes": model.codes,
+                "codes": model.codebook_size,
                 "bits_per_image": bits,
                 "codes_in_use": perplexity,
                 "samples": len(image),
@@ -94,12 +95,14 @@ class PriorReport:
     """Of a prior: the distance of what it and its tokenizer generate, and the time to see it.
 
     Args:
+        tokenizer: the run folder of the tokenizer.
         num_groups: groups of the decode.
         overlap: of its schedule.
         steps: solver steps a group.
         samples: images, at most, that as many generated ones are compared to.
     """
 
+    tokenizer: str
     num_groups: int = 4
     overlap: float = 0.0
     steps: int = 16
@@ -108,7 +111,7 @@ class PriorReport:
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Prior)
         check_ask(
-            model.tokenizer.decoder.layout.num_tokens,
+            Tokenizer.from_pretrained(self.tokenizer).decoder.layout.num_tokens,
             num_groups=[self.num_groups],
             overlap=self.overlap,
             steps=self.steps,
@@ -120,7 +123,7 @@ class PriorReport:
         self, model: nn.Module, image: Tensor, *, label: Tensor, folder: Path, seed: int
     ) -> Reported:
         assert isinstance(model, Prior)
-        tokenizer = model.tokenizer.to(model.device)
+        tokenizer = Tokenizer.from_pretrained(self.tokenizer).to(model.device)
         image, label = some(image, label, self.samples, seed=seed)
         settings: dict[str, Any] = {
             "num_groups": self.num_groups,
@@ -128,7 +131,7 @@ class PriorReport:
             "steps": self.steps,
         }
         drawn, codes = [], []
-        for first in tqdm(range(0, len(image), BATCH), desc="measuring", unit="batch"):
+        for first in progress(range(0, len(image), BATCH), "measuring", unit="batch"):
             part = label[first : first + BATCH] if model.conditioning.parts else None
             count = min(BATCH, len(image) - first)
             written = list(model.generate(part, num_images=count, seed=seed, start_index=first))
@@ -144,7 +147,7 @@ class PriorReport:
         page = {"data": image[chosen], "generated": generated[chosen]}
         labelled_rows(page).save(folder / "samples.png")
         cond = int(label[0]) if model.conditioning.parts else None
-        generation = Generation(model, tokenizer, cond=cond, seed=seed, settings=settings)
+        generation = Generation(model, tokenizer, cond=cond, seed=seed, config=DecodeConfig(**settings))
         measure_latency(generation, wait=False)  # the first one warms up
         arriving, waiting = (
             measure_latency(generation, wait=False),
@@ -175,17 +178,6 @@ class PriorReport:
                 "steps_per_group": self.steps,
             },
             "\n".join(table),
-            f"rolldiff generate prior={folder} decoder=TOKENIZER label=3 "
+            f"rolldiff generate prior={folder} tokenizer={self.tokenizer} label=3 "
             f"num_groups={self.num_groups} out=stream.gif",
         )
-
-
-def prior_of(tokenizer: str, prior: Callable[[int, int], Prior]) -> Prior:
-    """A prior over the codes of a tokenizer, reading images through it.
-
-    Args:
-        tokenizer: the run folder of its training.
-        prior: makes the prior, given how many codes an image has, and of how many.
-    """
-    read = Tokenizer.from_pretrained(tokenizer)
-    return prior(read.num_tokens, read.codebook_size).reading(read)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
+from rolldiff.progress import progress
 
 from rolldiff.decoder import Decoder
 from rolldiff.diffusion.schedule import GroupSchedule
@@ -173,7 +173,7 @@ def distances(
     Every `num_groups` decodes the same noise with the same labels.
     """
     found = {}
-    for groups in tqdm(num_groups, desc="measuring", unit="setting"):
+    for groups in progress(num_groups, "measuring", unit="setting"):
         drawn = []
         for first in range(0, len(image), BATCH):
             count = min(BATCH, len(image) - first)

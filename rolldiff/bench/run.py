@@ -22,10 +22,10 @@ from rolldiff.bench.results import Results, Timings
 from rolldiff.bench.settings import Setting, counted, grid, matched
 from rolldiff.bench.share import Share, shared
 from rolldiff.decoder import Decoder
+from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.evaluation.features import Extractor, as_extractor, short_hash
-from rolldiff.lit import load
+from rolldiff.hub import read_checkpoint
 from rolldiff.report import device_name
-from rolldiff.run import compile_in_place, named_device, named_dtype
 from rolldiff.step import Step
 
 __all__ = ["bench"]
@@ -48,7 +48,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         raise ValueError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     folder = Path(cfg.run_dir or _beside(Path(cfg.ckpt)))
     with shared() as share:
-        decoder = load(cfg.ckpt).to(named_device(cfg.device))
+        decoder = read_checkpoint(cfg.ckpt, Decoder).to(named_device(cfg.device))
         steps = {name: _step(name, conf) for name in cfg.bench.step}
         settings = _settings(cfg, decoder)
         common = _common(cfg, decoder, share)

@@ -1,0 +1,47 @@
+"""Devices, number types and compilation, by the names that configurations use."""
+
+from typing import Protocol
+
+import torch
+
+from rolldiff.errors import UsageError
+
+__all__ = ["compile_in_place", "named_device", "named_dtype"]
+
+
+class _Compilable(Protocol):
+    def compile(self) -> None: ...
+
+
+def named_device(name: str | None) -> torch.device:
+    """A device by its name; None selects a GPU if one is available.
+
+    Raises:
+        UsageError: if torch does not know the name.
+    """
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"device must be a device of torch such as cpu, got {name!r}") from error
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """The type that the network computes in, by its name in torch; None leaves the choice.
+
+    Raises:
+        UsageError: if torch has no such type.
+    """
+    dtype = None if name is None else getattr(torch, str(name), name)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise UsageError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return dtype
+
+
+def compile_in_place(model: _Compilable) -> None:
+    """Compile a model, with room for all the shapes that a command meets.
+
+    Blocks share their compiled versions: with and without gradients, with a cache, and for several
+    spans. Above torch's limit of 8 versions, blocks would silently run uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    model.compile()
