@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from rolldiff.progress import progress
 
 from rolldiff.decoder import DecodeConfig
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
 from rolldiff.evaluation.metrics import pixel_distance, psnr
+from rolldiff.progress import progress
 from rolldiff.report import Reported, check_ask, floor, some
 from rolldiff.tokenizer.pipeline import Generation, measure_latency
 from rolldiff.tokenizer.prior import Prior
@@ -61,7 +61,9 @@ class TokenizerReport:
             parts = []
             for number, part in enumerate(codes.split(BATCH)):
                 told = model.dequantize(part)
-                parts.append(model.decoder.decode(told, start_index=number * BATCH, **ask).image.cpu())
+                parts.append(
+                    model.decoder.decode(told, start_index=number * BATCH, **ask).image.cpu()
+                )
             drawn = torch.cat(parts)
             page[f"num_groups {num_groups}"] = drawn[:SHOWN]
             ratios[str(num_groups)] = psnr(image, drawn)
@@ -147,7 +149,9 @@ class PriorReport:
         page = {"data": image[chosen], "generated": generated[chosen]}
         labelled_rows(page).save(folder / "samples.png")
         cond = int(label[0]) if model.conditioning.parts else None
-        generation = Generation(model, tokenizer, cond=cond, seed=seed, config=DecodeConfig(**settings))
+        generation = Generation(
+            model, tokenizer, cond=cond, seed=seed, config=DecodeConfig(**settings)
+        )
         measure_latency(generation, wait=False)  # the first one warms up
         arriving, waiting = (
             measure_latency(generation, wait=False),

@@ -1,16 +1,11 @@
 """Devices, number types and compilation, by the names that configurations use."""
 
-from typing import Protocol
-
 import torch
+from torch import nn
 
 from rolldiff.errors import UsageError
 
 __all__ = ["compile_in_place", "named_device", "named_dtype"]
-
-
-class _Compilable(Protocol):
-    def compile(self) -> None: ...
 
 
 def named_device(name: str | None) -> torch.device:
@@ -37,7 +32,7 @@ def named_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def compile_in_place(model: _Compilable) -> None:
+def compile_in_place(model: nn.Module) -> None:
     """Compile a model, with room for all the shapes that a command meets.
 
     Blocks share their compiled versions: with and without gradients, with a cache, and for several

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from rolldiff.progress import progress
 
 from rolldiff.decoder import Decoder
 from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
 from rolldiff.evaluation.metrics import pixel_distance
+from rolldiff.progress import progress
 
 __all__ = [
     "DecoderReport",

@@ -112,7 +112,8 @@ class LitModel(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = (self.optimizer or AdamW)(self.parameters())
-        schedule = LambdaLR(optimizer, self.learning_rate_factor)
+        # A lambda, because LambdaLR would save a bound method, and with it the whole module.
+        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def learning_rate_factor(self, step: int) -> float:

@@ -165,9 +165,7 @@ def _build(cfg: DictConfig, folder: Path) -> _Run:
         callbacks.append(progress_bar())
     else:
         options["enable_progress_bar"] = False
-    return _Run(
-        lit, data, _instantiate(cfg.trainer, callbacks=callbacks, **options), report, clock
-    )
+    return _Run(lit, data, _instantiate(cfg.trainer, callbacks=callbacks, **options), report, clock)
 
 
 def _instantiate(cfg: DictConfig, **others: Any) -> Any:
