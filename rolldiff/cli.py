@@ -264,7 +264,9 @@ def _quiet_warnings() -> None:
     for message in (
         "The '.*_dataloader' does not have many workers",  # images in memory need none
         ".*LeafSpec.* is deprecated",
-        "You're resuming from a checkpoint that ended before",  # the data resumes by itself
+        # The data module resumes by itself, in the folder of the run.
+        "You're resuming from a checkpoint that ended before",
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -179,6 +179,7 @@ def test_bad_time_limits(limit, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.usefixtures("unchecked")  # jaxtyping cannot be compiled
 def test_a_compiled_training_is_the_plain_one(tmp_path):
     losses = []
     for compiled in (False, True):
