@@ -1,13 +1,12 @@
-# For the run.sh of each card: trainings and benches in pieces of at most some minutes, so that they
-# fit a machine that is borrowed for minutes. Every piece goes on where the last one stopped, also
-# where it was killed.
+# For the run.sh of each benchmark: trainings and benches in time slices of a few minutes each. Every
+# slice resumes where the last one stopped or was killed.
 #
 #   scale=full     on a GPU; scale=tiny in minutes on two CPU cores; scale=smoke in seconds, to try
 #                  the script
 #   data=FOLDER    a local copy of the images in the hub's schema; without, they are fetched by name
 #   runs=FOLDER    where everything goes; runs
-#   minutes=N      of a piece; 9
-#   once=true      stop after one piece; the same command goes on
+#   minutes=N      per slice; 9
+#   once=true      stop after one slice; the same command resumes
 
 set -euo pipefail
 
@@ -27,16 +26,16 @@ done
 
 # train RUN OVERRIDES…: until its summary, the last file, is there.
 train() {
-  local run=$1 piece
+  local run=$1 limit
   shift
-  piece=$(printf '00:00:%02d:00' "$minutes")
+  limit=$(printf '00:00:%02d:00' "$minutes")
   while [[ ! -f $run/summary.json ]]; do
     if [[ -n $(find "$run" -name '*.ckpt' 2>/dev/null) ]]; then
-      rolldiff train resume="$run" piece="$piece"
+      rolldiff train resume="$run" time_limit="$limit"
     else
       # Killed before its first checkpoint, it begins again.
       [[ ! -e $run ]] || mv "$run" "$run-killed-$(date +%s)"
-      rolldiff train run_dir="$run" piece="$piece" "$@" ${data:+data.path="$data"}
+      rolldiff train run_dir="$run" time_limit="$limit" "$@" ${data:+data.path="$data"}
     fi
     [[ -f $run/summary.json ]] || pause
   done
@@ -52,7 +51,7 @@ bench() {
     timeout -k 10 "${minutes}m" rolldiff bench ckpt="$run" "$@" || status=$?
     case $status in
       0) touch "$done" ;;
-      124 | 137) pause ;;          # the piece was over, in the middle of a cell
+      124 | 137) pause ;;          # the slice ended in the middle of a cell
       *) exit "$status" ;;
     esac
   done

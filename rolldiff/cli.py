@@ -1,127 +1,54 @@
-"""The command line: `rolldiff train`, `decode` and `bench`, configured by Hydra.
+"""The command line: `rolldiff train | decode | generate | bench`, configured by Hydra.
 
-What a user gets wrong ends in one line on standard error and exit status 2; a run that fails by
-itself (a loss that is not finite) in one line and status 1. Anything else is a defect and shows
-its traceback, as everything does where HYDRA_FULL_ERROR is set.
+A command composes its configuration once and builds its parts once, before it writes anything.
+Flags such as `-m`, `--cfg` and `--help` are Hydra's own, and with them Hydra runs the command.
+
+A mistake of the user ends in one line on standard error and exit status 2; a training whose loss is
+not finite in one line and status 1. All other errors show their traceback, as everything does if
+HYDRA_FULL_ERROR is set.
 """
 
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import rolldiff
-from rolldiff import commands
-from rolldiff.commands import config_dir
+from rolldiff.decoder import Decoder
+from rolldiff.device import compile_in_place, named_device, named_dtype
+from rolldiff.errors import UsageError
+from rolldiff.hub import Pretrained, read_checkpoint
 
 __all__ = ["config_dir", "main"]
+
+M = TypeVar("M", bound=Pretrained)
 
 USAGE = """\
 usage: rolldiff COMMAND [key=value ...]
 
-  train    train a decoder; with no arguments, on handwritten digits
-  decode   draw images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
-  generate write codes and draw them: rolldiff generate prior=RUN decoder=RUN out=stream.gif
-  bench    measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
+  train     train a decoder; without arguments, on handwritten digits
+  decode    decode images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
+  generate  generate codes and decode them: rolldiff generate prior=RUN tokenizer=RUN out=stream.gif
+  bench     measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
 
-rolldiff COMMAND --help shows what can be set, rolldiff COMMAND --cfg job the settings in force.
+rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints their values.
 """
 
-
-def _fail(words: object, status: int = 2) -> NoReturn:
-    if "HYDRA_FULL_ERROR" in os.environ and isinstance(words, BaseException):
-        raise words
-    line = " ".join(str(words).split())
-    print(f"rolldiff: {line}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def _plain_warning(message: object, *_: object) -> None:
-    print(f"rolldiff: {message}", file=sys.stderr)
-
-
-COMMANDS: dict[str, Callable[[DictConfig], None]] = {
-    "train": commands.train,
-    "decode": commands.decode,
-    "generate": commands.generate,
-    "bench": commands.bench,
-}
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Tells the errors that are meant for users in one line."""
-    try:
-        yield
-    except InstantiationException as error:
-        # What the object said for itself is clearer than Hydra's words around it.
-        _fail(error.__cause__ if isinstance(error.__cause__, ValueError) else error)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _fail(error)
-    except FloatingPointError as error:
-        _fail(error, status=1)
-
-
-def _job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The task as Hydra calls it; in a sweep, each job in a folder of its own."""
-
-    def run(cfg: DictConfig) -> None:
-        job = HydraConfig.get()
-        if job.mode == RunMode.MULTIRUN and "run_dir" in cfg:
-            cfg.run_dir = job.runtime.output_dir
-        with _told():
-            task(cfg)
-
-    return run
-
-
-def _check(command: str, overrides: list[str]) -> list[str]:
-    """Compose once before Hydra does, so that a mistake is one line and leaves no folder behind.
-
-    Returns:
-        The overrides, with the run folder settled.
-    """
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose(command, overrides)
-    if command != "train":
-        return overrides
-    if cfg.resume is not None:
-        return _resumed(Path(cfg.resume), overrides)
-    folder = Path(cfg.run_dir)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"run_dir must be a new or an empty folder, got {folder}")
-    from rolldiff.run import build
-
-    build(cfg)
-    kept = [override for override in overrides if not override.startswith("run_dir=")]
-    return [*kept, f"run_dir='{folder}'"]
-
-
-def _resumed(folder: Path, overrides: list[str]) -> list[str]:
-    """The overrides of a training that goes on: its settings are in its folder."""
-    from rolldiff.run import newest
-
-    if not (folder / "config.yaml").is_file() or newest(folder) is None:
-        raise ValueError(f"resume must be the folder of a run with a checkpoint, got {folder}")
-    if (folder / "summary.json").is_file():
-        raise ValueError(f"resume must be a run that is not finished, got {folder}")
-    others = [o for o in overrides if not o.startswith(("resume=", "piece="))]
-    if others:
-        raise ValueError(f"resume takes the settings of the run, got {' '.join(others)} beside it")
-    return [*overrides, f"run_dir='{folder}'"]
+# Settings that may differ from those of the run that is resumed.
+RESUME = ("resume", "time_limit", "progress")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,21 +65,211 @@ def main(argv: list[str] | None = None) -> None:
         print(rolldiff.__version__)
         return
     command, *overrides = argv
-    if command not in COMMANDS:
-        _fail(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
-    if command == "generate":  # Hydra would look for a file of the group `decoder`
-        overrides = [re.sub("^decoder=", "tokenizer=", override) for override in overrides]
-    warnings.showwarning = _plain_warning  # type: ignore[assignment]
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-    # The data keeps its place itself.
-    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-    for name in ("lightning.pytorch", "lightning.fabric"):  # which accelerators are not there
+    with _errors_in_one_line():
+        if command not in COMMANDS:
+            raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
+        _quiet_warnings()
+        if any(override.startswith("-") for override in overrides):
+            _run_by_hydra(command, overrides)
+            return
+        if command == "train":
+            _refuse_settings_beside_resume(overrides)
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose(command, overrides)
+        COMMANDS[command](cfg)
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"the folder conf must be inside {package} or beside it, and is missing")
+
+
+def train(cfg: DictConfig) -> None:
+    """Train a model or resume its training, and print what to do next."""
+    from rolldiff.training.run import resumed_config
+    from rolldiff.training.run import train as run
+
+    # Lightning's hints below warnings: unavailable accelerators, other products. Importing it sets
+    # the level, so this comes after.
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    flags = any(word.startswith("-") for word in overrides)
-    if not flags:  # a sweep or a question about the settings is Hydra's alone
-        with _told():
-            overrides = _check(command, overrides)
+    if cfg.resume is not None:
+        cfg = resumed_config(cfg)
+    summary = run(cfg)
+    if summary is None:
+        command = f"rolldiff train resume={cfg.run_dir} time_limit={cfg.time_limit}"
+        print(f"\nStopped at the time limit and saved. Next:\n  {command}")
+        return
+    print(f"\n{summary.report.table}\n")
+    print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen, saved in {cfg.run_dir}")
+    print(f"Next:\n  {summary.report.try_next}")
+
+
+def decode(cfg: DictConfig) -> None:
+    """Decode images, to a picture or to an animation of the decoding."""
+    from rolldiff.evaluation.images import make_grid, save_gif
+
+    decoder = _load(cfg, "ckpt", Decoder)
+    out = _out(cfg)
+    config = instantiate(cfg.decode, _convert_="all")
+    cond = _labels(cfg, decoder.conditioning.num_classes)
+    options = {"num_images": cfg.num_images, "seed": cfg.seed, "dtype": named_dtype(cfg.dtype)}
+    if cfg.compile:
+        compile_in_place(decoder)
+    if out.suffix.lower() == ".gif":
+        frames = decoder.stream(cond, config, frames=cfg.frames, **options)
+        save_gif((make_grid(frame.image) for frame in frames), out)
+        print(out)
+        return
+    decoded = decoder.decode(cond, config, **options)
+    make_grid(decoded.image).save(out)
+    cost = decoded.cost
+    print(
+        f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
+        f"{cost.tokens} token evaluations per image, {cost.seconds:.2f} s"
+    )
+
+
+def generate(cfg: DictConfig) -> None:
+    """Generate codes with a prior, and decode the images while the codes arrive."""
+    from rolldiff.evaluation.images import make_grid, save_gif
+    from rolldiff.tokenizer import Generation, Prior, Tokenizer
+
+    prior = _load(cfg, "prior", Prior)
+    tokenizer = _load(cfg, "tokenizer", Tokenizer)
+    out = _out(cfg)
+    generation = Generation(
+        prior,
+        tokenizer,
+        cond=_labels(cfg, prior.conditioning.num_classes),
+        config=instantiate(cfg.decode, _convert_="all"),
+        num_images=cfg.num_images,
+        seed=cfg.seed,
+        temperature=cfg.temperature,
+        guidance=cfg.guidance,
+    )
+    if out.suffix.lower() == ".gif":
+        save_gif((make_grid(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
+    else:
+        make_grid(generation.images()).save(out)
+    print(f"{out}: {cfg.num_images} images of {prior.num_tokens} codes")
+
+
+def bench(cfg: DictConfig) -> None:
+    """Measure quality against cost, and print the path of the report."""
+    from rolldiff.evaluation.sweep import bench as run
+
+    print(run(cfg, conf=config_dir()) / "report.md")
+
+
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+    "train": train,
+    "decode": decode,
+    "generate": generate,
+    "bench": bench,
+}
+
+
+def _load(cfg: DictConfig, name: str, cls: type[M]) -> M:
+    """The model that a setting names, on the device of the command."""
+    path = cfg[name]
+    if path is None:
+        raise UsageError(f"{name} must be a run folder or a checkpoint; add {name}=PATH")
+    return read_checkpoint(path, cls).to(named_device(cfg.device))
+
+
+def _out(cfg: DictConfig) -> Path:
+    out = Path(cfg.out)
+    if out.suffix.lower() not in (".png", ".gif"):
+        raise UsageError(f"out must end in .png or .gif, got {out}")
+    if not out.parent.is_dir():
+        raise UsageError(f"out must be in a folder that exists, got {out}")
+    return out
+
+
+def _labels(cfg: DictConfig, classes: int) -> Any:
+    """The labels of the images; by default they cycle through the classes."""
+    if OmegaConf.is_list(cfg.label):
+        return list(cfg.label)
+    if cfg.label is None and classes and isinstance(cfg.num_images, int):
+        return [i % classes for i in range(cfg.num_images)]
+    return cfg.label
+
+
+def _refuse_settings_beside_resume(overrides: Sequence[str]) -> None:
+    names = [override.partition("=")[0] for override in overrides]
+    others = [o for o, name in zip(overrides, names, strict=True) if name not in RESUME]
+    if "resume" in names and others:
+        raise UsageError(
+            "resume must come without other settings than time_limit and progress, because it "
+            f"keeps those of the run, got {' '.join(others)}"
+        )
+
+
+def _run_by_hydra(command: str, overrides: Sequence[str]) -> None:
+    """Run a command, or several jobs of it, or print its settings, as Hydra's flags say."""
+
+    def job(cfg: DictConfig) -> None:
+        context = HydraConfig.get()
+        if context.mode == RunMode.MULTIRUN and "run_dir" in cfg:
+            cfg.run_dir = context.runtime.output_dir
+        with _errors_in_one_line():
+            COMMANDS[command](cfg)
+
     sys.argv = [f"rolldiff {command}", *overrides]
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)
-    run(_job(COMMANDS[command]))()
+    run(job)()
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UsageError) or _is_misconfiguration(cause):
+            _fail(cause)  # clearer than Hydra's words around it
+        if not isinstance(cause, ImportError | TypeError | ValueError | None):
+            raise
+        _fail(error)  # an argument, a value or a class that does not exist
+    except (HydraException, OmegaConfBaseException, UsageError) as error:
+        _fail(error)
+    except FloatingPointError as error:
+        _fail(error, status=1)
+    except Exception as error:
+        if not _is_misconfiguration(error):
+            raise
+        _fail(error)
+
+
+def _is_misconfiguration(error: BaseException | None) -> bool:
+    """Whether Lightning refuses its settings; compared by name, to import it only where needed."""
+    return type(error).__name__ == "MisconfigurationException"
+
+
+def _fail(error: BaseException | None, status: int = 2) -> NoReturn:
+    if "HYDRA_FULL_ERROR" in os.environ and error is not None:
+        raise error
+    print(f"rolldiff: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _quiet_warnings() -> None:
+    """Show warnings as one line each, without those that the settings of this library cause."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for message in (
+        "The '.*_dataloader' does not have many workers",  # images in memory need none
+        ".*LeafSpec.* is deprecated",
+        # The data module resumes by itself, in the folder of the run.
+        "You're resuming from a checkpoint that ended before",
+        "Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _show_warning(message: object, *_: object) -> None:
+    print(f"rolldiff: {message}", file=sys.stderr)

@@ -71,9 +71,11 @@ class DecodeConfig:
     guidance: float | Guidance = 0.0
 
     def __post_init__(self) -> None:
-        # How many groups are too many depends on the decoder.
-        many = isinstance(self.num_groups, int) and self.num_groups > 1
-        self.schedule(num_tokens=self.num_groups if many else 1)
+        if not isinstance(self.num_groups, int) or self.num_groups < 1:
+            raise UsageError(
+                f"num_groups must be a whole number of 1 or more, got {self.num_groups!r}"
+            )
+        self.schedule(num_tokens=self.num_groups)  # the decoder limits the number of groups
         if not isinstance(self.solver, Solver):
             raise UsageError(f"solver must be a Solver such as Euler(), got {self.solver!r}")
         if isinstance(self.guidance, int | float):
@@ -428,8 +430,7 @@ class Decoder(Pretrained):
             image, known_tokens = self._known(image, mask)
         num_known = 0 if known_tokens is None else int(known_tokens.sum())
         schedule = config.schedule(num_tokens=self.layout.num_tokens, num_known=num_known)
-        unseen = self.training_distribution.unseen(config.num_groups, config.overlap, config.order)
-        for phrase in unseen:
+        for phrase in self.unseen(config):
             warn_user(f"decoding beyond what this checkpoint was trained for: {phrase}")
         batch = self._num_images(num_images, cond, image, noise)
         streamed = StreamedConditions(self.conditioning, cond, batch=batch, device=self.device)
@@ -478,6 +479,18 @@ class Decoder(Pretrained):
             )
             run.cached = run.cache is not None or int(schedule.group[-1]) == 0
         return run
+
+    def unseen(self, config: DecodeConfig) -> list[str]:
+        """The settings of a decoding that training never draws, as phrases for a warning."""
+        trained, phrases = self.training_distribution, []
+        if config.num_groups not in trained.num_groups:
+            phrases.append(f"num_groups {config.num_groups} (trained: {_list(trained.num_groups)})")
+        if config.num_groups > 1 and config.order not in trained.orders:
+            phrases.append(f"order {config.order} (trained: {_list(trained.orders)})")
+        low, high = trained.times.overlaps
+        if config.num_groups > 1 and not low <= config.overlap <= high:
+            phrases.append(f"overlap {config.overlap:g} (trained: {low:g} to {high:g})")
+        return phrases
 
     def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
         """Compile the backbone in place; weights keep their names. See `Transformer.compile`."""
@@ -758,6 +771,10 @@ def check_image(image: Tensor, layout: Layout, *, unbounded: bool = False) -> Te
     if not (unbounded and math.isfinite(low + high)) and not -1.001 <= low <= high <= 1.001:
         raise UsageError(f"image must be in [-1, 1], got {low:.4g} … {high:.4g}")
     return image
+
+
+def _list(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

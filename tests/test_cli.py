@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rolldiff import Decoder
+from rolldiff import DDIM, DecodeConfig, Decoder
 from rolldiff.cli import main
+from rolldiff.data import Digits
+from rolldiff.errors import UsageError
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -28,6 +30,14 @@ def rolldiff(*arguments, cwd):
     )
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """Restores what a command in this process changes."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        yield
+
+
 TINY = ["max_steps=4", "batch_size=8", "nn.width=16", "nn.depth=1", "nn.heads=1", "report.steps=1"]
 
 
@@ -40,18 +50,18 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_training_in_pieces_is_the_training(trained, tmp_path):
-    """Killed by its own clock again and again, with averaged weights, it ends as if it had not."""
+def test_an_interrupted_training_is_the_uninterrupted_one(trained, tmp_path):
+    """Stopped by its time limit again and again, with averaged weights, it ends with equal ones."""
     run, _ = trained
-    ask = [*TINY, "run_dir=run", "trainer.val_check_interval=2", "piece=00:00:00:00"]
+    ask = [*TINY, "run_dir=run", "trainer.val_check_interval=2", "time_limit=00:00:00:00"]
     done = rolldiff("train", *ask, cwd=tmp_path)
-    pieces = 1
+    slices = 1
     while "resume=run" in done.stdout:
         assert not (tmp_path / "run/summary.json").exists()
-        done = rolldiff("train", "resume=run", "piece=00:00:00:00", cwd=tmp_path)
-        pieces += 1
+        done = rolldiff("train", "resume=run", "time_limit=00:00:00:00", cwd=tmp_path)
+        slices += 1
     assert done.returncode == 0, done.stderr
-    assert pieces == 4
+    assert slices == 4
     ours, theirs = (
         json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", run)
     )
@@ -123,7 +133,7 @@ def test_decode_writes_a_picture(trained, ckpt):
 
 def test_decode_writes_a_film(trained):
     run, _ = trained
-    options = ["num_groups=2", "steps=2", "num_images=4", "label=3", "guidance=1", "step=heun"]
+    options = ["num_groups=2", "steps=2", "num_images=4", "label=3", "guidance=1", "solver=heun"]
     done = rolldiff("decode", "ckpt=run", *options, "out=digits.gif", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     with Image.open(run.parent / "digits.gif") as film:
@@ -150,10 +160,27 @@ def refused(status, stderr, words):
         (["train", "nn.width=17"], "width must be a multiple"),
         (["train", "batch_size=0"], "batch_size"),
         (["train", "max_steps=["], "no viable alternative"),
+        (["train", "+nn.colour=red", "run_dir=run"], "unexpected keyword argument 'colour'"),
+        (["train", "time_limit=soon", "run_dir=run"], "time_limit must be a time DD:HH:MM:SS"),
+        (
+            ["train", "+trainer.enable_progress_bar=false", "run_dir=run"],
+            "`enable_progress_bar=False`",
+        ),
+        (
+            ["train", "callbacks.samples.num_groups=[17]", "run_dir=good"],
+            "run_dir must be a new or",
+        ),
+        (["train", "resume=good", "max_steps=9"], "resume must come without other settings"),
         (["train", "trainer.accelerator=gpu"], "No supported gpu backend"),
         (["decode"], "ckpt must be"),
         (["decode", "ckpt=nowhere"], "does not exist"),
-        (["decode", "ckpt=good", "num_groups=0"], "num_groups must be a whole number in 1 … 16"),
+        (["decode", "ckpt=good", "solver=ancestral"], "solver/ancestral"),
+        (["decode", "ckpt=good", "solver=ddim", "solver.eta=2"], "eta must be in [0, 1]"),
+        (["generate"], "prior must be a run folder"),
+        (["generate", "prior=good"], "must describe a Prior"),
+        (["generate", "prior=good", "decoder=good"], "decoder"),
+        (["decode", "ckpt=good", "num_groups=0"], "num_groups must be a whole number of 1 or more"),
+        (["decode", "ckpt=good", "num_groups=17"], "num_groups must be a whole number in 1 … 16"),
         (["decode", "ckpt=good", "num_groups=four"], "num_groups must be a whole number"),
         (["decode", "ckpt=good", "overlap=2"], "overlap must be in [0, 1]"),
         (["decode", "ckpt=good", "steps=0"], "steps must be a whole number"),
@@ -169,7 +196,7 @@ def refused(status, stderr, words):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked", "quiet")
 def test_mistakes_are_one_line_and_leave_nothing(arguments, words, tmp_path, capsys, monkeypatch):
     decoder = Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=10)
     for name in ("good", "cut"):
@@ -180,14 +207,89 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, words, tmp_path, cap
     before = sorted(tmp_path.rglob("*"))
     # In this process, for the imports alone take seconds.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    told = capsys.readouterr()
-    assert told.out == ""
-    refused(stop.value.code, told.err, words)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    refused(stop.value.code, printed.err, words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def refuse(self):
+    raise UsageError("data.path must be a folder")
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.usefixtures("quiet")
+def test_a_training_refused_by_its_data_leaves_nothing(existed, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if existed:
+        (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Digits, "build_dataset", refuse)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *TINY, "run_dir=run"])
+    refused(stop.value.code, capsys.readouterr().err, "data.path must be a folder")
+    assert [p.name for p in tmp_path.rglob("*")] == ["run"] * existed
+
+
+@pytest.mark.usefixtures("quiet")
+def test_an_error_that_is_not_for_users_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("after ten hours")
+
+    Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(Decoder, "decode", fail)
+    with pytest.raises(ValueError, match="after ten hours"):
+        main(["decode", f"ckpt={tmp_path}", f"out={tmp_path}/a.png"])
+
+
+@pytest.mark.usefixtures("quiet")
+def test_full_errors_are_shown_if_asked_for(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UsageError, match="ckpt must be"):
+        main(["decode"])
+
+
+@pytest.mark.usefixtures("quiet", "unchecked")
+def test_every_setting_of_a_decoding_reaches_it(tmp_path, monkeypatch):
+    seen = {}
+
+    def decode(self, cond, config, **options):
+        seen.update(cond=cond, config=config, **options)
+        raise UsageError("enough")
+
+    decoder = Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=10)
+    decoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(Decoder, "decode", decode)
+    words = "num_groups=4 overlap=0.5 steps=7 order=random:1 solver=ddim solver.eta=0.5 guidance=2"
+    with pytest.raises(SystemExit):
+        main(
+            ["decode", f"ckpt={tmp_path}", f"out={tmp_path}/a.png", "num_images=2", *words.split()]
+        )
+    assert seen["config"] == DecodeConfig(
+        num_groups=4, overlap=0.5, steps=7, order="random:1", solver=DDIM(0.5), guidance=2
+    )
+    assert (seen["cond"], seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
+
+
+def test_a_training_is_quiet_in_a_pipe(trained):
+    _, done = trained
+    assert "training: 4/4 (100 %)" in done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert len(done.stderr) < 2000
+    for word in ("Tip", "litlogger", "GPU", "TPU", "weights_only", "num_workers"):
+        assert word not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_in_its_own_folder(tmp_path):
+    done = rolldiff("train", "-m", *TINY, "noise=rectified,cosine", "progress=false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training:" not in done.stderr
+    folders = sorted(path.parent for path in tmp_path.glob("runs/*-sweep/*/summary.json"))
+    assert [folder.name for folder in folders] == ["0", "1"]
+    noises = [json.loads((path / "config.json").read_text())["noise"] for path in folders]
+    assert [noise["_target_"] for noise in noises] == ["rolldiff.Rectified", "rolldiff.Cosine"]
 
 
 def test_help_and_version(tmp_path):

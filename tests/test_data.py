@@ -13,7 +13,7 @@ from PIL import Image
 from rolldiff import Decoder
 from rolldiff.data import Digits, Folder, Hub, module
 from rolldiff.data.datasets import ResumableSampler
-from rolldiff.lit import LitModel
+from rolldiff.training import LitDecoder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUIET = {
@@ -230,7 +230,7 @@ def test_a_resumed_training_ends_with_the_same_weights(folder, tmp_path):
         saver = ModelCheckpoint(**kept, every_n_train_steps=every)
         trainer = L.Trainer(**QUIET, max_steps=steps, callbacks=[saver])
         data = Folder(path=str(folder), image_size=8, channels=1, batch_size=5, max_steps=7)
-        lit = LitModel(decoder, warmup_steps=0, decay="constant")
+        lit = LitDecoder(decoder, warmup_steps=0, decay="constant")
         if resume is None:
             trainer.fit(lit, data)
         else:
@@ -269,7 +269,7 @@ def test_published_sets_train_a_few_steps(name, column, size, channels):
     )
     before = decoder.backbone.head.weight.clone()
     L.Trainer(**QUIET, max_steps=4, enable_checkpointing=False).fit(
-        LitModel(decoder, warmup_steps=0), data
+        LitDecoder(decoder, warmup_steps=0), data
     )
     assert data.image.shape == (300, channels, size, size)
     assert data.label.bincount().min() > 10

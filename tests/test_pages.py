@@ -61,9 +61,9 @@ def test_a_card_goes_on_where_a_piece_stopped(pretended):
     assert done.returncode == 0, done.stderr
     first, second, third, fourth = calls(pretended)
     assert first.startswith(
-        "rolldiff train run_dir=runs/cifar10-smoke piece=00:00:03:00 experiment="
+        "rolldiff train run_dir=runs/cifar10-smoke time_limit=00:00:03:00 experiment="
     )
-    assert second == "rolldiff train resume=runs/cifar10-smoke piece=00:00:03:00"
+    assert second == "rolldiff train resume=runs/cifar10-smoke time_limit=00:00:03:00"
     assert third.startswith("rolldiff bench ckpt=runs/cifar10-smoke")
     assert fourth == third, "the bench knows itself what is done"
 

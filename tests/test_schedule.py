@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolldiff import GroupSchedule, Patches
-from rolldiff.diffusion.schedule import decode_order, local_times
+from rolldiff.diffusion.schedule import decode_order
+from rolldiff.diffusion.timesteps import local_times
 
 COORDS = Patches((4, 6), channels=1).coords
 NAMED = ["top_to_bottom", "bottom_to_top", "left_to_right", "right_to_left", "centre_out"]

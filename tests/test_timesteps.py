@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolldiff import GroupSchedule, Patches, Training
+from rolldiff import DecodeConfig, Decoder, GroupSchedule, Patches, Training
 from rolldiff.diffusion.schedule import decode_order
 from rolldiff.diffusion.timesteps import (
     CleanContext,
@@ -129,11 +129,16 @@ def test_every_example_draws_its_own_settings():
     assert (drawn.t.diff(dim=1)[together] == 0).all(), "a group has one time"
 
 
-def test_unseen_names_what_was_not_trained():
+def test_settings_outside_of_training_are_named():
     training = Training(num_groups=(1, 4), orders=("top_to_bottom",))
-    assert training.unseen(4, 0.5, "top_to_bottom") == []
-    assert training.unseen(1, 0.0, "random:3") == [], "one group has no order"
-    assert len(training.unseen(3, 0.5, "random:3")) == 2
+    decoder = Decoder.build(image_size=8, channels=1, width=16, heads=1, training=training)
+
+    def unseen(num_groups, overlap, order):
+        return decoder.unseen(DecodeConfig(num_groups=num_groups, overlap=overlap, order=order))
+
+    assert unseen(4, 0.5, "top_to_bottom") == []
+    assert unseen(1, 0.0, "random:3") == [], "one group has no order"
+    assert len(unseen(3, 0.5, "random:3")) == 2
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_reports_do_not_depend_on_their_batches(tokenizer, prior, tmp_path, monk
         monkeypatch.setattr(reports, "BATCH", batch)
         ask = {"label": label, "folder": tmp_path, "seed": 0}
         tokens = TokenizerReport(num_groups=[2], steps=1)(tokenizer, image, **ask).values
-        codes = PriorReport(num_groups=2, steps=1)(prior, image, **ask).values
+        codes = PriorReport(tokenizer=tokenizer, num_groups=2, steps=1)(prior, image, **ask).values
         found.append([tokens["psnr"]["2"], tokens["fd_pixels"]["2"], codes["fd_pixels"]])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     used = tokenizer.encode(image).flatten().bincount(minlength=12) / (12 * 16)
@@ -270,7 +270,7 @@ def test_what_does_not_belong_together(tokenizer, prior):
 
 def test_a_prior_over_the_codes_of_a_run(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior.width=33", "run_dir=unused"]
+    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior_model.width=33", "run_dir=unused"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", ask)
     lit = instantiate(cfg.lit, _convert_="all")

@@ -11,10 +11,7 @@ scheduling matrix gives group `g` the local time
 
 so decoding takes `R` solver steps, and every group starts and ends on a grid point. The overlap is
 `o = 1 - k / S`: at 1 all groups move together, at 0 one after another (groupwise, block
-autoregressive), and in between a window of about `S / k` groups rolls over the image. In continuous
-time, at the fraction `u` in [0, 1] of the decoding:
-
-    t_g(u) = clip(1 - (P u - g (1 - o)), 0, 1),      P = 1 + (G - 1)(1 - o).
+autoregressive), and in between a window of about `S / k` groups rolls over the image.
 
 In other systems: Diffusion Forcing's `uncertainty_scale` and AR-Diffusion's `ar_step` are `k`;
 Rolling Diffusion's window `W` is `S / k`; Groupwise Diffusion, ACDiT and xAR have `k = S`.
@@ -31,7 +28,7 @@ from torch import Tensor
 
 from rolldiff.errors import UsageError
 
-__all__ = ["ORDERS", "GroupSchedule", "Order", "decode_order", "local_times"]
+__all__ = ["ORDERS", "GroupSchedule", "Order", "decode_order"]
 
 Order = str | Sequence[int]
 
@@ -207,17 +204,3 @@ class GroupSchedule:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def local_times(
-    u: Float[Tensor, " B"], num_groups: Tensor, overlap: Tensor, *, width: int
-) -> Float[Tensor, "B G"]:
-    """The local times of `width` groups at the fraction `u` of the decoding, in continuous time.
-
-    Groups beyond an example's own `num_groups` wait at time 1.
-    """
-    g = torch.arange(width, device=u.device)
-    lag = (1 - overlap)[:, None]
-    elapsed = u[:, None] * (1 + (num_groups[:, None] - 1) * lag)
-    t = (1 - (elapsed - g * lag)).clamp(0, 1)
-    return t.where(g < num_groups[:, None], 1.0)

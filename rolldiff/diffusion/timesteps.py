@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rolldiff.diffusion.schedule import GroupSchedule, Order, decode_order, local_times
+from rolldiff.diffusion.schedule import GroupSchedule, Order, decode_order
 from rolldiff.errors import UsageError
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TimestepSampler",
     "TrainingDistribution",
     "Uniform",
+    "local_times",
 ]
 
 
@@ -61,12 +62,13 @@ Density = Uniform | LogitNormal
 
 
 class TimestepSampler(ABC):
-    """A distribution of group times."""
+    """A distribution of group times.
 
-    @property
-    @abstractmethod
-    def overlaps(self) -> tuple[float, float]:
-        """The range of overlaps at which decoding meets the states seen in training."""
+    Attributes:
+        overlaps: the range of overlaps at which decoding meets the states seen in training.
+    """
+
+    overlaps: tuple[float, float]
 
     @abstractmethod
     def sample(
@@ -146,10 +148,7 @@ class OnSchedule(TimestepSampler):
                 "min_overlap and max_overlap must keep 0 <= min_overlap <= max_overlap <= 1, got "
                 f"{self.min_overlap}, {self.max_overlap}"
             )
-
-    @property
-    def overlaps(self) -> tuple[float, float]:
-        return self.min_overlap, self.max_overlap
+        object.__setattr__(self, "overlaps", (self.min_overlap, self.max_overlap))
 
     def sample(
         self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
@@ -180,11 +179,8 @@ class Mixture(TimestepSampler):
             )
         if not all(math.isfinite(w) and w > 0 for w in self.weights):
             raise UsageError(f"weights must be positive, got {self.weights}")
-
-    @property
-    def overlaps(self) -> tuple[float, float]:
-        ranges = [sampler.overlaps for sampler in self.samplers]
-        return min(a for a, _ in ranges), max(b for _, b in ranges)
+        low, high = zip(*(sampler.overlaps for sampler in self.samplers), strict=True)
+        object.__setattr__(self, "overlaps", (min(low), max(high)))
 
     def sample(
         self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
@@ -274,23 +270,6 @@ class TrainingDistribution:
             orders[order.to(orders.device)], group, t.to(groups.device).gather(1, group)
         )
 
-    def unseen(self, num_groups: int, overlap: float, order: Order) -> list[str]:
-        """The settings of a decoding that training never draws, as phrases for a warning."""
-        phrases = []
-        if num_groups not in self.num_groups:
-            phrases.append(f"num_groups {num_groups} (trained: {_list(self.num_groups)})")
-        order = order if isinstance(order, str) else tuple(order)
-        if num_groups > 1 and order not in self.orders:
-            phrases.append(f"order {order} (trained: {_list(self.orders)})")
-        low, high = self.times.overlaps
-        if num_groups > 1 and not low <= overlap <= high:
-            phrases.append(f"overlap {overlap:g} (trained: {low:g} to {high:g})")
-        return phrases
-
-
-def _list(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items))
-
 
 def _strata(batch: int, width: int, generator: torch.Generator | None) -> Float[Tensor, "B G"]:
     """Uniform numbers in (0, 1), each column stratified over the batch."""
@@ -298,3 +277,20 @@ def _strata(batch: int, width: int, generator: torch.Generator | None) -> Float[
     u = (ranks + torch.rand(batch, width, generator=generator)) / batch
     # Rounding may reach 1, which would turn a moving token into a waiting one.
     return u.clamp(1e-6, 1 - 1e-6)
+
+
+def local_times(
+    u: Float[Tensor, " B"], num_groups: Tensor, overlap: Tensor, *, width: int
+) -> Float[Tensor, "B G"]:
+    """The local times of `width` groups at the fraction `u` of a decoding, in continuous time.
+
+        t_g(u) = clip(1 - (P u - g (1 - o)), 0, 1),      P = 1 + (G - 1)(1 - o)
+
+    for the group `g` of `G = num_groups` and the overlap `o`: the limit of the scheduling matrix
+    for many steps. Groups beyond an example's own `num_groups` wait at time 1.
+    """
+    g = torch.arange(width, device=u.device)
+    lag = (1 - overlap)[:, None]
+    elapsed = u[:, None] * (1 + (num_groups[:, None] - 1) * lag)
+    t = (1 - (elapsed - g * lag)).clamp(0, 1)
+    return t.where(g < num_groups[:, None], 1.0)

@@ -3,8 +3,8 @@
 Such a network sees the whole image, so it is a bidirectional backbone without a cache. Its timestep
 is `1000 t`. Its own forward pass has one time per image. A DiT also works with a time per token:
 its blocks scale and shift tokens by a projection of time and label, which may differ between
-tokens. The same weights then compute the same for equal times; for unequal times they need training. A
-UNet's convolutions mix neighbours under one time, so it takes a single group.
+tokens. The same weights then compute the same for equal times; for unequal times they need
+training. A UNet's convolutions mix neighbours under one time, so it takes a single group.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,216 @@
+"""`LitModel`: a decoder, a tokenizer or a prior under Lightning's trainer.
+
+The hyperparameters in a checkpoint are plain containers, so it loads with `weights_only=True`. With
+`EMAWeightAveraging` among the callbacks, its `state_dict` holds the averaged weights.
+`rolldiff.hub.read_checkpoint` reads the model from it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from rolldiff.decoder import Decoder
+from rolldiff.device import compile_in_place
+from rolldiff.errors import UsageError
+from rolldiff.hub import Pretrained
+from rolldiff.tokenizer import Prior, Tokenizer
+
+__all__ = ["LitDecoder", "LitModel", "LitPrior", "LitTokenizer", "images_per_batch"]
+
+
+def images_per_batch(batch: Sequence[Tensor]) -> int:
+    """The number of images in a batch `(image, label)`."""
+    return len(batch[0])
+
+
+class LitModel(L.LightningModule, ABC):
+    """Training of a model with an optimizer, warm-up, and a constant or cosine learning rate.
+
+    Args:
+        model: the model, or its configuration.
+        optimizer: parameters to optimizer; by default AdamW with its defaults.
+        warmup_steps: steps in which the learning rate rises from 0.
+        seed: of all random draws of the loss. Each batch has its own generator, so a resumed
+            training draws what an uninterrupted one draws.
+        decay: the learning rate after the warm-up, until the trainer's `max_steps` (or `max_time`,
+            if that comes first).
+
+    Raises:
+        UsageError: if an argument is out of range, or the model is of another kind.
+        FloatingPointError: in training, if the loss is not finite.
+    """
+
+    kind: ClassVar[type[Pretrained]]
+    model: Pretrained
+
+    def __init__(
+        self,
+        model: Pretrained | dict[str, Any],
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        warmup_steps: int = 100,
+        decay: Literal["constant", "cosine"] = "cosine",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, dict):  # from a checkpoint's hyperparameters
+            model = self.kind.from_config(model)
+        if not isinstance(model, self.kind):
+            raise UsageError(f"model must be a {self.kind.__name__}, got a {type(model).__name__}")
+        if decay not in ("constant", "cosine"):
+            raise UsageError(f"decay must be constant or cosine, got {decay!r}")
+        if warmup_steps < 0:
+            raise UsageError(f"warmup_steps must be 0 or more, got {warmup_steps}")
+        # Lightning's throughput monitor would divide by peak rates that nobody has measured.
+        self.flops_per_batch = None
+        self.save_hyperparameters(
+            {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay}
+        )
+        self.model = model
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.seed = seed
+
+    @abstractmethod
+    def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            batch: images `[B, C, H, W]` and labels `[B]`.
+            generator: a CPU generator for all random draws.
+        """
+
+    def compile_model(self) -> None:
+        """Compile the model in place."""
+        compile_in_place(self.model)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch, self._batch_generator())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} at step {self.global_step}; "
+                "the last checkpoint is kept"
+            )
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        # The same noise and times in every validation, so that they can be compared.
+        generator = torch.Generator().manual_seed(batch_idx)
+        self.log("val_loss", self.loss(batch, generator), batch_size=images_per_batch(batch))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = (self.optimizer or AdamW)(self.parameters())
+        # A lambda, because LambdaLR would save a bound method, and with it the whole module.
+        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The learning rate at a step, as a fraction of the optimizer's."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay == "constant":
+            return warmup
+        return warmup * (1 + math.cos(math.pi * self._fraction_done(step))) / 2
+
+    def _fraction_done(self, step: int) -> float:
+        """The finished fraction of the training, by steps or by the trainer's time limit."""
+        done = step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
+                spent = callback.time_elapsed()
+                done = max(done, spent / max(spent + left, 1e-9))
+        return min(done, 1.0)
+
+    def _batch_generator(self) -> torch.Generator:
+        """A generator that depends on the seed, the number of the batch and the process."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        entropy = (self.seed, batches, self.global_rank)
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class LitDecoder(LitModel):
+    """Training of a `Decoder`, given class labels if it has any."""
+
+    kind = Decoder
+    model: Decoder
+
+    def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        image, label = batch
+        cond = label if self.model.conditioning.num_classes else None
+        return self.model.loss(image, cond, generator=generator)
+
+
+class LitTokenizer(LitModel):
+    """Training of a `Tokenizer` on images alone."""
+
+    kind = Tokenizer
+    model: Tokenizer
+
+    def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        return self.model.loss(batch[0], generator=generator)
+
+
+class LitPrior(LitModel):
+    """Training of a `Prior` over the codes of a frozen tokenizer.
+
+    The tokenizer is not a registered submodule: it is neither trained nor saved.
+
+    Args:
+        model: the prior, its configuration, or a function from `num_tokens` and `codebook_size`,
+            which the tokenizer determines, to the prior.
+        tokenizer: the tokenizer, or the run folder of its training.
+        **settings: see `LitModel`.
+
+    Raises:
+        UsageError: if the prior and the tokenizer have different codes.
+    """
+
+    kind = Prior
+    model: Prior
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        model: Prior | dict[str, Any] | Callable[..., Prior],
+        *,
+        tokenizer: Tokenizer | str | Path,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = Tokenizer.from_pretrained(tokenizer)
+        codes = {
+            "num_tokens": tokenizer.num_tokens,
+            "codebook_size": tokenizer.codebook_size,
+        }
+        if not isinstance(model, Prior | dict):
+            model = model(**codes)
+        super().__init__(model, **settings)
+        if any(getattr(self.model, name) != value for name, value in codes.items()):
+            raise UsageError(
+                "prior and tokenizer must have the same codes, got "
+                f"{self.model.num_tokens} codes of {self.model.codebook_size} and "
+                f"{tokenizer.num_tokens} of {tokenizer.codebook_size}"
+            )
+        # nn.Module's own __setattr__ would register it.
+        object.__setattr__(self, "tokenizer", tokenizer.eval().requires_grad_(False))
+
+    def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        image, label = batch
+        codes = self.tokenizer.to(image.device).encode(image)
+        cond = label if self.model.conditioning.num_classes else None
+        return self.model.loss(codes, cond, generator=generator)
+
+    def compile_model(self) -> None:
+        raise UsageError("compile must be false for a prior, which has no compiled path, got true")
