@@ -1,4 +1,4 @@
-"""One metric of several benches side by side, for the settings that they share.
+"""One metric of several benchmarks side by side, for the configurations that they share.
 
 python benchmarks/compare.py fd_classifier mixture=RUN/bench/results.jsonl clean=...
 """
@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from rolldiff.bench.results import setting_of
+from rolldiff.evaluation.report import config_label
 
 
 def read(path: Path, metric: str) -> dict[str, str]:
@@ -17,7 +17,7 @@ def read(path: Path, metric: str) -> dict[str, str]:
         if metric in row["metrics"]:
             mean, std = (row["metrics"][metric][key] for key in ("mean", "std"))
             spread = "" if std is None else f" ± {std:.3f}"
-            found[setting_of(row).words()] = f"{mean:.3f}{spread}"
+            found[config_label(row)] = f"{mean:.3f}{spread}"
     return found
 
 
@@ -25,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("metric", help="fd_classifier, fd_pixels, seams, …")
     parser.add_argument("benches", nargs="+", help="NAME=results.jsonl")
-    asked = parser.parse_args()
-    pairs = (bench.split("=", 1) for bench in asked.benches)
-    tables = {name: read(Path(path), asked.metric) for name, path in pairs}
-    print(f"| {asked.metric} | " + " | ".join(tables) + " |")
+    args = parser.parse_args()
+    pairs = (bench.split("=", 1) for bench in args.benches)
+    tables = {name: read(Path(path), args.metric) for name, path in pairs}
+    print(f"| {args.metric} | " + " | ".join(tables) + " |")
     print("|---" * (1 + len(tables)) + "|")
     first, *others = tables.values()
     for setting, value in first.items():

@@ -1,12 +1,11 @@
-"""What a change did to the cost of a decode: this checkout against another one.
+"""What a change did to the cost of decoding: this checkout against another one.
 
     git worktree add ../before COMMIT
     python benchmarks/engine_against.py ../before
 
-Each checkout decodes in processes of its own, in turns, and a ratio is the median of those of the
-turns: a machine that is busy for a while is busy for both. One image of 256 tokens, depth 6, 8
-steps a group, one thread; width 256 as on the card, and width 32, where a call is nothing but its
-operations.
+Each checkout decodes in its own processes, in interleaved rounds, and a ratio is the median over
+the rounds, so that a busy minute affects both. One image of 256 tokens, depth 6, 8 steps per group,
+one thread; width 256 as in `engine.py`, and width 32, where the overhead of operations dominates.
 """
 
 import argparse
@@ -56,13 +55,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("other", type=Path, help="the other checkout")
-    parser.add_argument("--turns", type=int, default=7)
-    asked = parser.parse_args()
-    here, other = Path(__file__).parents[1], asked.other.resolve()
-    turns = [(decodes(here), decodes(other)) for _ in range(asked.turns)]
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    here, other = Path(__file__).parents[1], args.other.resolve()
+    rounds = [(decodes(here), decodes(other)) for _ in range(args.rounds)]
     print(f"{'':24} {'this':>8} {'other':>8}   this over other")
-    for name in turns[0][0]:
-        ours, theirs = ([turn[i][name] for turn in turns] for i in (0, 1))
+    for name in rounds[0][0]:
+        ours, theirs = ([pair[i][name] for pair in rounds] for i in (0, 1))
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         print(
             f"{name:24} {statistics.median(ours):8.4f} {statistics.median(theirs):8.4f}   "

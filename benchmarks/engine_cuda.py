@@ -1,4 +1,4 @@
-"""The card's part for a GPU: the same ratios, and how much of the device a network uses.
+"""The part for a GPU: the same ratios, and how much of the device a network uses.
 
 Utilisation is the floating-point operations that the network needs, over the seconds, over what
 products of large matrices reach on the same device. All of it takes a device, so that a CPU can try
@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from engine_card import Card
 from engine_loops import bare_loop
-from engine_turns import Cases, now
+from engine_results import Results
+from engine_rounds import Cases, now
 from torch import Tensor, nn
 
-from rolldiff import Decoded, Decoder, Training
-from rolldiff.cost import Cost
-from rolldiff.grouping import Grouping
-from rolldiff.nn.blocks import Linear
+from rolldiff import Cost, DecodeOutput, Decoder, GroupSchedule, Training
+from rolldiff.nn.transformer import LinearT
 
 # num_groups, overlap, cache
 CASES = {
@@ -44,25 +42,25 @@ class Sizes:
     training_steps: int = 10
     matrices: Sequence[int] = (4096, 8192, 16384)
     products: int = 30
-    turns: int = 7
+    rounds: int = 7
 
 
 QUICK = Sizes(16, 16, 2, 2, 2, (1, 3), 2, 4, 1, (64, 128), 2, 1)
 
 
-def measure(card: Card, sizes: Sizes, device: torch.device) -> None:
-    """Put all figures on the card, under `cuda_…`."""
+def measure(results: Results, sizes: Sizes, device: torch.device) -> None:
+    """Add all metrics to the results, under `cuda_…`."""
     model = network(sizes, device)
-    exactness(card, model, sizes)  # first: what is not compiled takes no time to compile
+    exactness(results, model, sizes)  # first: what is not compiled takes no time to compile
     rate = matrix_rate(sizes, device)
-    card.put("cuda_matrix_tflops", [rate / 1e12])
+    results.put("cuda_matrix_tflops", [rate / 1e12])
     # All blocks share what is compiled, and every kind of call has its own. Beyond the usual limit
     # of 8 calls would quietly run as they are: raise it, and fail rather than time that.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         model.compile()
         for batch in sizes.batches:
-            measure_decodes(card, model, sizes, batch, rate)
-        measure_training(card, model, sizes, rate)
+            measure_decodes(results, model, sizes, batch, rate)
+        measure_training(results, model, sizes, rate)
 
 
 def network(sizes: Sizes, device: torch.device) -> Decoder:
@@ -85,7 +83,7 @@ def network(sizes: Sizes, device: torch.device) -> Decoder:
 
 def decode(
     model: Decoder, batch: int, *, steps: int, case: str, dtype: torch.dtype | None = None
-) -> Decoded:
+) -> DecodeOutput:
     num_groups, overlap, cache = CASES[case]
     return model.decode(
         _label(batch),
@@ -102,13 +100,13 @@ def _label(batch: int) -> Tensor:
     return torch.arange(batch) % 10
 
 
-def exactness(card: Card, model: Decoder, sizes: Sizes) -> None:
+def exactness(results: Results, model: Decoder, sizes: Sizes) -> None:
     """The cache against none, in float32."""
     kept, plain = (
         decode(model, sizes.exact_batch, steps=sizes.steps, case=case, dtype=torch.float32).image
         for case in ("g16", "g16_uncached")
     )
-    card.put("cuda_max_relative_difference", [((kept - plain).norm() / plain.norm()).item()])
+    results.put("cuda_max_relative_difference", [((kept - plain).norm() / plain.norm()).item()])
 
 
 def matrix_rate(sizes: Sizes, device: torch.device) -> float:
@@ -139,24 +137,26 @@ def flops(backbone: nn.Module, tokens: float, *, seen: float, times: float) -> f
         seen: tokens that a token attends to, on average.
         times: local times that are embedded: one a token in training, a few in a decode.
     """
-    of_time = _matrices(backbone.time)
+    of_time = _matrices(backbone.time_embed)
     of_tokens = _matrices(backbone) - of_time
-    depth, width = len(backbone.blocks), backbone.place.shape[1]
+    depth, width = len(backbone.blocks), backbone.pos_embed.shape[1]
     return 2 * (of_tokens * tokens + of_time * times) + 4 * depth * width * tokens * seen
 
 
 def _matrices(module: nn.Module) -> int:
-    linear = (part for part in module.modules() if isinstance(part, nn.Linear | Linear))
+    linear = (part for part in module.modules() if isinstance(part, nn.Linear | LinearT))
     return sum(part.weight.numel() for part in linear)
 
 
 def seen(num_tokens: int, num_groups: int) -> float:
     """Tokens that a token attends to: its own group and those before it."""
-    group = Grouping(num_tokens, num_groups)
-    return sum(group.ends[g + 1] for g in group.group.tolist()) / num_tokens
+    schedule = GroupSchedule(num_tokens=num_tokens, num_groups=num_groups)
+    return sum(schedule.ends[g + 1] for g in schedule.group.tolist()) / num_tokens
 
 
-def measure_decodes(card: Card, model: Decoder, sizes: Sizes, batch: int, rate: float) -> None:
+def measure_decodes(
+    results: Results, model: Decoder, sizes: Sizes, batch: int, rate: float
+) -> None:
     """Ratios over one group, images per second and utilisation."""
     costs: dict[str, list[Cost]] = {case: [] for case in CASES}
 
@@ -165,15 +165,15 @@ def measure_decodes(card: Card, model: Decoder, sizes: Sizes, batch: int, rate: 
 
     cases: Cases = {case: lambda case=case: measured(case) for case in CASES}
     cases["bare"] = bare_loop(model, batch, sizes.steps)
-    turns = card.watch.turns(cases, sizes.turns, device=model.device)
+    rounds = results.watch.time_rounds(cases, sizes.rounds, device=model.device)
     key = f"cuda_b{batch}_"
-    card.ratio(f"{key}loop_overhead", turns, "joint", "bare")
+    results.ratio(f"{key}loop_overhead", rounds, "joint", "bare")
     for case in ("g16", "overlap_half", "g64"):
-        card.ratio(f"{key}{case}_cached_over_joint", turns, case, "joint")
-    card.ratio(f"{key}g16_uncached_over_cached", turns, "g16_uncached", "g16")
+        results.ratio(f"{key}{case}_cached_over_joint", rounds, case, "joint")
+    results.ratio(f"{key}g16_uncached_over_cached", rounds, "g16_uncached", "g16")
     counted = costs["g16"][1:]  # a first time compiles
     firsts = [cost.seconds_to_first_group / cost.seconds for cost in counted]
-    card.put(f"{key}first_group_over_total", firsts)
+    results.put(f"{key}first_group_over_total", firsts)
     for case, num_groups in (("joint", 1), ("g16", 16)):
         needed = flops(
             model.backbone,
@@ -181,11 +181,11 @@ def measure_decodes(card: Card, model: Decoder, sizes: Sizes, batch: int, rate: 
             seen=seen(model.layout.num_tokens, num_groups),
             times=sizes.steps + 1,
         )
-        card.put(f"{key}{case}_images_per_second", [batch / s for s in turns[case]])
-        card.put(f"{key}{case}_utilisation", [needed / s / rate for s in turns[case]])
+        results.put(f"{key}{case}_images_per_second", [batch / s for s in rounds[case]])
+        results.put(f"{key}{case}_utilisation", [needed / s / rate for s in rounds[case]])
 
 
-def measure_training(card: Card, model: Decoder, sizes: Sizes, rate: float) -> None:
+def measure_training(results: Results, model: Decoder, sizes: Sizes, rate: float) -> None:
     """Steps of training: loss, gradient and AdamW; a backward pass counts as two forward ones."""
     batch, device, num_tokens = sizes.training_batch, model.device, model.layout.num_tokens
     cuda = device.type == "cuda"
@@ -201,10 +201,10 @@ def measure_training(card: Card, model: Decoder, sizes: Sizes, rate: float) -> N
             optimizer.step()
             optimizer.zero_grad()
 
-    turns = card.watch.turns({"train": train}, sizes.turns, device=device)
-    seconds = [s / sizes.training_steps for s in turns["train"]]
+    rounds = results.watch.time_rounds({"train": train}, sizes.rounds, device=device)
+    seconds = [s / sizes.training_steps for s in rounds["train"]]
     tokens = batch * num_tokens
     needed = 3 * flops(model.backbone, tokens, seen=num_tokens, times=tokens)
-    card.put("cuda_training_step_seconds", seconds)
-    card.put("cuda_training_images_per_second", [batch / s for s in seconds])
-    card.put("cuda_training_utilisation", [needed / s / rate for s in seconds])
+    results.put("cuda_training_step_seconds", seconds)
+    results.put("cuda_training_images_per_second", [batch / s for s in seconds])
+    results.put("cuda_training_utilisation", [needed / s / rate for s in seconds])

@@ -1,21 +1,17 @@
-"""The networks and loops that the card of the engine times."""
+"""The networks and loops that the results of the engine times."""
 
 from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rolldiff import Decoder, Euler, Grouping, Patches, RollingSchedule, Training, Transformer
-from rolldiff.conditioning import Conditions
-from rolldiff.cost import Meter
-from rolldiff.denoiser import Denoiser
-from rolldiff.nn.blocks import apart
-from rolldiff.prediction import Estimate, solve
-from rolldiff.sampler import sample
-from rolldiff.timetable import Timetable
+from rolldiff import DecodeConfig, Decoder, Patches, Training, Transformer
+from rolldiff.conditioning import Conditioning
+from rolldiff.diffusion.process import Estimate, to_x_eps
+from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid, sample
+from rolldiff.nn.denoiser import Backbone
 
 
 def decoder(side: int, width: int, depth: int, heads: int, device: torch.device) -> Decoder:
@@ -47,7 +43,7 @@ def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
     @torch.autocast(device.type, dtype, enabled=cuda)
     def loop() -> Tensor:
         x_t, time = noise, backbone.embed_time(times)
-        context = backbone.prepare(order, torch.zeros_like(order), batch=batch, dtype=dtype)
+        context = backbone.prepare(order, torch.zeros_like(order))
         for i in range(steps):
             x_t = x_t - backbone(x_t, time[i : i + 1], context) / steps
         return x_t
@@ -56,19 +52,18 @@ def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
 
 
 def products(model: Decoder, num_groups: int, steps: int) -> Callable[[], None]:
-    """The products with the blocks' weights in the calls of a decode of one image, nothing else.
+    """The matmuls with the blocks' weights in the calls of decoding one image, and nothing else.
 
-    No decode that makes these calls is faster, whatever else it leaves out.
+    No decoding that makes these calls is faster.
     """
-    calls: list[int] = []  # the tokens that each shows
+    calls: list[int] = []  # tokens per call
     hook = model.backbone.register_forward_pre_hook(lambda _, x: calls.append(x[0].shape[1]))
     model.decode(num_groups=num_groups, steps=steps, seed=0)
     hook.remove()
-    weights = []
+    weights = []  # [in, out]
     for block in model.backbone.blocks:
-        up = apart(block.up.weight) if num_groups > 1 else None
-        weights += [block.qkv.weight, block.out.weight, block.up.weight if up is None else up]
-        weights.append(block.down.weight)
+        attn, mlp = block.attn, block.mlp
+        weights += [attn.qkv.weight.t(), attn.out.weight.t(), mlp.up.weight.t(), mlp.down.weight]
     rows = {(n, len(w)): torch.randn(n, len(w)) for n in set(calls) for w in weights}
 
     @torch.inference_mode()
@@ -80,11 +75,11 @@ def products(model: Decoder, num_groups: int, steps: int) -> Callable[[], None]:
     return loop
 
 
-class Pointwise(nn.Module):
+class Pointwise(Backbone):
     """A network that costs nothing, to see what the loop around it does."""
 
     causal = True
-    condition = Conditions()
+    conditioning = Conditioning()
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -93,42 +88,39 @@ class Pointwise(nn.Module):
     def embed_time(self, t: Tensor) -> Tensor:
         return t[..., None]
 
-    def needs(self) -> dict[str, Tensor]:
-        return {}
+    def prepare(self, *_: Any) -> None:
+        return None
 
-    def arrive(self, context: Any, cond: dict[str, Any]) -> None:
-        pass  # it is told nothing
-
-    def prepare(self, *place: Any, **settings: Any) -> SimpleNamespace:
-        return SimpleNamespace(cached=None)
-
-    def forward(self, x_t: Tensor, time: Tensor, context: Any, start: int = 0) -> Tensor:
+    def forward(
+        self, x_t: Tensor, time: Tensor, context: None, *, start: int = 0, cache: None = None
+    ) -> Tensor:
         return self.linear(x_t) + time
 
 
-def every_token(model: Decoder, num_groups: int, batch: int, steps: int) -> Callable[[], Tensor]:
-    """Groups with all tokens in every call, those that wait too: no thought, no cache."""
+def every_token(model: Decoder, num_groups: int, *, batch: int, steps: int) -> Callable[[], Tensor]:
+    """Groups with all tokens in every call, waiting ones too, and no cache."""
     layout, num_tokens = model.layout, model.layout.num_tokens
-    schedule, order = RollingSchedule(num_groups), torch.arange(num_tokens, device=model.device)
-    group = Grouping(num_tokens, num_groups).group.to(model.device)
-    meter = Meter(model.device)
-    denoiser = Denoiser(model.backbone, model.noise, model.prediction, meter)
+    config = DecodeConfig(num_groups=num_groups, steps=steps)
+    schedule = config.schedule(num_tokens=num_tokens)
+    order = torch.arange(num_tokens, device=model.device)
 
     @torch.no_grad()
     def decode() -> Tensor:
         noise = torch.randn(batch, num_tokens, layout.token_dim, device=model.device)
-        context = model.backbone.prepare(order, group)
+        context = model.backbone.prepare(order, schedule.group.to(model.device))
+        embed = model.backbone.embed_time
+        grid = TimeGrid(schedule, model.noise, model.prediction, embed=embed, like=noise)
+        clean, pure = grid.data_end.embedding, grid.noise_end.embedding
 
-        def denoise(x_t: Tensor, timetable: Timetable, span: tuple[int, int]) -> Estimate:
-            time = timetable.embedded(timetable.level(0, num_tokens))
-            y = model.backbone(x_t, time, context)
-            inverse = timetable.level(*span).inverse
-            return solve(y[:, slice(*span)], x_t[:, slice(*span)], inverse)
+        def denoise(x_t: Tensor, level: NoiseLevel, span: slice) -> Estimate:
+            size, count = clean.shape[-1], span.stop - span.start
+            moving = level.embedding.expand(count, size)
+            before = clean.expand(span.start, size)
+            after = pure.expand(num_tokens - span.stop, size)
+            y = model.backbone(x_t, torch.cat([before, moving, after]), context)
+            return to_x_eps(y[:, span], x_t[:, span], level.inverse)
 
-        timetable = denoiser.timetable(schedule, steps, num_tokens, like=noise)
-        states = sample(
-            denoise, noise, timetable=timetable, step=Euler(), draw=lambda n: noise[:, :n]
-        )
+        states = sample(denoise, noise, schedule, grid=grid, randn=lambda n: noise[:, :n])
         return deque(states, maxlen=1).pop().x_t
 
     return decode

@@ -178,15 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder of `rolldiff train`")
     parser.add_argument("--out", type=Path, required=True, help="a folder for peers.json")
-    asked = parser.parse_args()
-    summary = json.loads((asked.run / "summary.json").read_text())
+    args = parser.parse_args()
+    summary = json.loads((args.run / "summary.json").read_text())
     steps = summary["images_seen"] // BATCH
     data = Digits(batch_size=BATCH, max_steps=steps)
     extractors = {
         "classifier": train_classifier(data.image, data.label),
         "pixels": Pixels(),
     }
-    decoder = Decoder.from_pretrained(asked.run).eval()
+    decoder = Decoder.from_pretrained(args.run).eval()
 
     def ours(label: Tensor, steps: int, seed: int) -> Tensor:
         return decoder.decode(label, steps=steps, seed=seed).image
@@ -211,7 +211,7 @@ def main() -> None:
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "cells": list(measured(theirs, data, extractors)),
             }
-            write(asked.out, table, steps, len(data.image))
+            write(args.out, table, steps, len(data.image))
     print("| model | parameters | " + " | ".join(f"NFE {n}" for n in (4, 8, 16, 32)) + " |")
     print("|---|---|---|---|---|---|")
     for name, row in table.items():

@@ -492,7 +492,7 @@ class Decoder(Pretrained):
             phrases.append(f"overlap {config.overlap:g} (trained: {low:g} to {high:g})")
         return phrases
 
-    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+    def compile(self, *, mode: str | None = None) -> None:
         """Compile the backbone in place; weights keep their names. See `Transformer.compile`."""
         self.backbone.compile(mode=mode)
 

@@ -210,7 +210,7 @@ def _built(config: Any, classes: dict[str, type]) -> Any:
     target = str(config.get("_target_"))
     cls, renamed = classes[target], RENAMED.get(MOVED.get(target, target), {})
     arguments = {
-        renamed.get(name, name): _built(value, classes)
+        renamed.get(str(name), str(name)): _built(value, classes)
         for name, value in config.items()
         if name != "_target_"
     }

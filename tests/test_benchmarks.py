@@ -14,95 +14,95 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import engine  # noqa: E402
-import engine_card  # noqa: E402
 import engine_cuda  # noqa: E402
 import engine_loops  # noqa: E402
-import engine_turns  # noqa: E402
+import engine_results  # noqa: E402
+import engine_rounds  # noqa: E402
 
-CARD = json.loads((ROOT / "benchmarks/results/engine-cpu.json").read_text(encoding="utf-8"))
-REACH = {key for key in engine_card.REACH if not key.startswith("cuda_")}
-CUDA = set(engine_card.REACH) - REACH
+RESULTS = json.loads((ROOT / "benchmarks/results/engine-cpu.json").read_text(encoding="utf-8"))
+TARGETS = {key for key in engine_results.TARGETS if not key.startswith("cuda_")}
+CUDA = set(engine_results.TARGETS) - TARGETS
 CPU = torch.device("cpu")
 
 
 def test_the_card_of_the_engine_is_complete():
-    for key in REACH:
-        low, high = CARD["spread"][key]
-        assert low <= CARD[key] <= high
-    assert {"device", "threads", "torch", "commit"} <= set(CARD["machine"])
-    assert CARD["sizes"]["side"] == engine.Sizes().side, "not the quick one"
+    for key in TARGETS:
+        low, high = RESULTS["spread"][key]
+        assert low <= RESULTS[key] <= high
+    assert {"device", "threads", "torch", "commit"} <= set(RESULTS["machine"])
+    assert RESULTS["sizes"]["side"] == engine.Sizes().side, "not the quick one"
 
 
-def test_the_readme_holds_the_table_of_the_card():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert engine_card.markdown(CARD) in readme
+def test_the_page_holds_the_table_of_the_benchmark():
+    page = (ROOT / "docs/cost.md").read_text(encoding="utf-8")
+    assert engine_results.markdown(RESULTS) in page
 
 
-@pytest.mark.parametrize(("slow", "again", "disturbed"), [(1, 1, 0), (4, 4, 0), (99, 6, 3)])
-def test_disturbed_turns_are_taken_again(monkeypatch, slow, again, disturbed):
-    turn, clock = 0, 0.0
+@pytest.mark.parametrize(("slow", "repeated", "noisy"), [(1, 1, 0), (4, 4, 0), (99, 6, 3)])
+def test_disturbed_turns_are_taken_again(monkeypatch, slow, repeated, noisy):
+    calls, clock = 0, 0.0
 
     def seconds():
-        return 2.0 if 1 <= turn <= slow else 1.0
+        return 2.0 if 1 <= calls <= slow else 1.0
 
     def case():
-        nonlocal turn, clock
+        nonlocal calls, clock
         clock += seconds()
-        turn += 1
+        calls += 1
 
-    monkeypatch.setattr(engine_turns, "loop_seconds", seconds)
-    monkeypatch.setattr(engine_turns, "now", lambda device: clock)
-    watch = engine_turns.Stopwatch()
+    monkeypatch.setattr(engine_rounds, "loop_seconds", seconds)
+    monkeypatch.setattr(engine_rounds, "now", lambda device: clock)
+    watch = engine_rounds.Stopwatch()
     watch._fastest = 1.0
-    turns = watch.turns({"case": case}, 3, device=CPU)
-    assert turns["case"] == [2.0 if disturbed else 1.0] * 3
-    assert (watch.again, watch.disturbed) == (again, disturbed)
+    rounds = watch.time_rounds({"case": case}, 3, device=CPU)
+    assert rounds["case"] == [2.0 if noisy else 1.0] * 3
+    assert (watch.repeated, watch.noisy) == (repeated, noisy)
 
 
 @pytest.mark.slow
 def test_the_card_of_the_engine_runs(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "card.json"
+    out = tmp_path / "results.json"
     monkeypatch.setattr(sys, "argv", ["engine.py", "--quick", "--json", "--out", str(out)])
     engine.main()
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert printed == written
-    assert set(written) >= REACH
+    assert set(written) >= TARGETS
     assert written["max_relative_difference"] < 1e-5
-    assert all(math.isfinite(written[key]) for key in REACH)
+    assert all(math.isfinite(written[key]) for key in TARGETS)
     grouped = [row for row in written["table"] if row["cache"] and row["overlap"] == 0]
     assert [row["nfe"] for row in grouped] == [2 * row["num_groups"] for row in grouped]
 
 
 @pytest.mark.slow
 def test_the_part_for_a_gpu_runs_on_a_cpu(monkeypatch):
-    # With the fixed shapes of what is compiled, and nothing compiled, which takes a minute.
+    # Nothing is compiled, which would take a minute.
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    card = engine_card.Card()
-    engine_cuda.measure(card, engine_cuda.QUICK, CPU)
-    assert {key for key in card.figures if "b1_" not in key and "b3_" not in key} == {
+    results = engine_results.Results()
+    engine_cuda.measure(results, engine_cuda.QUICK, CPU)
+    assert {key for key in results.figures if "b1_" not in key and "b3_" not in key} == {
         "cuda_matrix_tflops",
         "cuda_max_relative_difference",
         "cuda_training_step_seconds",
         "cuda_training_images_per_second",
         "cuda_training_utilisation",
     }
-    each = {key.removeprefix("cuda_b1_") for key in card.figures if "b1_" in key}
-    assert each == {key.removeprefix("cuda_b3_") for key in card.figures if "b3_" in key}
-    assert {key.replace("_b64_", "_b3_") for key in CUDA} <= set(card.figures)
-    assert card.figures.pop("cuda_max_relative_difference") < 1e-5
-    assert all(math.isfinite(value) and value > 0 for value in card.figures.values())
+    each = {key.removeprefix("cuda_b1_") for key in results.figures if "b1_" in key}
+    assert each == {key.removeprefix("cuda_b3_") for key in results.figures if "b3_" in key}
+    assert {key.replace("_b64_", "_b3_") for key in CUDA} <= set(results.figures)
+    assert results.figures.pop("cuda_max_relative_difference") < 1e-5
+    assert all(math.isfinite(value) and value > 0 for value in results.figures.values())
 
 
 def test_a_gpu_adds_its_keys(monkeypatch, capsys):
     def put(part, key):
-        monkeypatch.setattr(*part, lambda card, *_: card.put(key, [1.5]))
+        monkeypatch.setattr(*part, lambda results, *_: results.put(key, [1.5]))
 
     put((engine, "measure_cpu"), "g16_cached_over_joint")
     put((engine_cuda, "measure"), "cuda_b64_g16_cached_over_joint")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
-    def lines(*asked):
-        monkeypatch.setattr(sys, "argv", ["engine.py", *asked])
+    def lines(*args):
+        monkeypatch.setattr(sys, "argv", ["engine.py", *args])
         engine.main()
         found = capsys.readouterr().out.splitlines()
         return [line for line in found if "cached_over_joint" in line], found[0]
@@ -145,10 +145,10 @@ def test_the_operations_of_a_decode_are_those_counted(case, num_groups):
 
 @pytest.mark.parametrize("num_groups", [1, 4])
 def test_the_products_alone_are_those_of_the_decode(num_groups):
-    model, steps = engine_loops.decoder(8, 256, 1, 2, CPU), 3  # as wide as `apart` acts on
+    model, steps = engine_loops.decoder(8, 256, 1, 2, CPU), 3
     tokens = model.decode(num_groups=num_groups, steps=steps, seed=0).cost.tokens
     matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
-    of_tables = sum(block.table.numel() for block in model.backbone.blocks)
+    of_tables = sum(block.scale_shift_table.numel() for block in model.backbone.blocks)
     needed = 2 * tokens * (matrices - of_tables)
     assert counted(engine_loops.products(model, num_groups, steps)) == needed
 

@@ -10,6 +10,7 @@ tokens to estimates and nothing else about networks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -368,11 +369,8 @@ def sample(
         if eps is not None and i > 0:
             before = grid.at(groups, tuple(max(a - 1, 0) for a in done))
             history = History(Estimate(x0_here, eps[:, span]), before)
-        x_s, estimate = solver.step(
-            _Moving(denoise, x_t, span),
-            x_span,
-            Interval(t, s, grid.level, lambda n=here.shape[1]: randn(n), history),
-        )
+        interval = Interval(t, s, grid.level, partial(randn, here.shape[1]), history)
+        x_s, estimate = solver.step(_Moving(denoise, x_t, span), x_span, interval)
         here.copy_(x_s)
         x0_here.copy_(estimate.x)
         if eps is not None:
@@ -381,14 +379,15 @@ def sample(
         yield State(i + 1, x_t, x0, finished, span.stop)
 
 
-class _Moving(NamedTuple):
+@dataclass(frozen=True)
+class _Moving:
     """The estimate of the moving tokens as a function of these tokens alone."""
 
     denoise: Callable[[Tensor, NoiseLevel, slice], Estimate]
     x_t: Tensor
     span: slice
 
-    def __call__(self, x_u: Tensor, u: NoiseLevel) -> Estimate:
+    def __call__(self, x_u: Tensor, u: NoiseLevel, /) -> Estimate:
         here = self.x_t[:, self.span]
         if x_u.data_ptr() != here.data_ptr():
             here.copy_(x_u)

@@ -157,7 +157,7 @@ class DiffusersBackbone(Backbone):
             labels = value.where(mask, self.num_classes)
         return _Context(order, order.argsort(-1), groups > 1, labels)
 
-    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+    def compile(self, *, mode: str | None = None) -> None:
         """Compile the network's own forward pass in place; a time per token stays eager."""
         self.network.compile(mode=mode)
 

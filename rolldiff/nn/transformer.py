@@ -194,8 +194,9 @@ class Transformer(Backbone):
         if embedded.sequence is not None and embedded.cross_attn_mask is not None:
             mask = _to_decode_order(embedded.cross_attn_mask, order)[:, None]
             cross = [
-                CrossKV(*block.cross_attn.keys_values(embedded.sequence), mask)
-                for block in self.blocks
+                CrossKV(*layer.keys_values(embedded.sequence), mask)
+                for layer in self.blocks.modules()
+                if isinstance(layer, CrossAttention)
             ]
         per_example = order.ndim > 1
         return Context(
@@ -227,7 +228,7 @@ class Transformer(Backbone):
         """See `Backbone.embed_time`."""
         return self.time_embed(t)
 
-    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+    def compile(self, *, mode: str | None = None) -> None:
         """Compile every block in place; the names of the weights stay as they are.
 
         Args:

@@ -165,7 +165,7 @@ class Tokenizer(Pretrained):
         """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
         return self.loss(image, generator=generator)
 
-    def compile(self, *, mode: str | None = None) -> None:  # type: ignore[override]
+    def compile(self, *, mode: str | None = None) -> None:
         """Compile the decoder's backbone in place. See `Transformer.compile`."""
         self.decoder.compile(mode=mode)
 

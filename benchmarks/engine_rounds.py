@@ -1,9 +1,9 @@
-"""Times taken in turns, on a machine that others may be working on too.
+"""Interleaved rounds of timings, on a machine that other work may share.
 
-What is compared runs one after another, again and again, so that a slow minute hurts all of it
-alike. It does not quite: where another program shares the core or its cache, small calls lose more
-than large ones. So around every time a short loop of plain Python is timed, which knows nothing of
-what is measured. A turn in which that loop was slow is taken again.
+All variants run one after another, round after round, so that a slow minute affects all of them.
+Small calls still lose more than large ones if another program shares the core or its cache.
+Therefore a short loop of plain Python is timed around every measurement, and a round in which that
+loop was slow is repeated.
 """
 
 import math
@@ -12,31 +12,31 @@ from collections.abc import Callable
 
 import torch
 
-# A turn is disturbed if the loop took so many times as long as the fastest one so far: more than a
+# A round is noisy if the loop took this many times the fastest time so far: more than a
 # quiet machine varies by, less than a busy neighbour on the same core costs.
-DISTURBED = 1.3
-# Not more than so many times the turns that are asked for.
+NOISY = 1.3
+# At most this many times the requested number of rounds.
 MOST = 3
 
-Turns = dict[str, list[float]]
+Rounds = dict[str, list[float]]
 Cases = dict[str, Callable[[], object]]
 
 
 class Stopwatch:
-    """Takes times in turns.
+    """Times variants in interleaved rounds.
 
     Attributes:
-        again: turns that were taken again because something else disturbed them.
-        disturbed: turns that were kept although disturbed, for want of better ones.
+        repeated: rounds that were repeated because they were noisy.
+        noisy: noisy rounds that were kept because too few were quiet.
     """
 
     def __init__(self) -> None:
-        self.again = 0
-        self.disturbed = 0
+        self.repeated = 0
+        self.noisy = 0
         self._fastest = math.inf
 
-    def turns(self, cases: Cases, count: int, *, device: torch.device) -> Turns:
-        """Seconds of each case in the `count` least disturbed turns; a first one is not counted."""
+    def time_rounds(self, cases: Cases, count: int, *, device: torch.device) -> Rounds:
+        """Seconds of each case in the `count` least noisy rounds, after one warm-up."""
         for case in cases.values():
             case()
         taken: list[tuple[float, list[float]]] = []
@@ -50,10 +50,10 @@ class Stopwatch:
                 loops.append(loop_seconds())
             taken.append((max(loops), seconds))
             self._fastest = min(self._fastest, *loops)
-            quiet = sum(slowest <= DISTURBED * self._fastest for slowest, _ in taken)
-        self.again += len(taken) - count
-        self.disturbed += max(0, count - quiet)
-        kept = sorted(taken, key=lambda turn: turn[0])[:count]
+            quiet = sum(slowest <= NOISY * self._fastest for slowest, _ in taken)
+        self.repeated += len(taken) - count
+        self.noisy += max(0, count - quiet)
+        kept = sorted(taken, key=lambda entry: entry[0])[:count]
         return dict(zip(cases, map(list, zip(*(s for _, s in kept), strict=True)), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What the card of the engine must reach, and how it is printed."""
+"""The targets of the engine benchmark, and how its results are printed."""
 
 import math
 import platform
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_turns import Stopwatch, Turns
+from engine_rounds import Rounds, Stopwatch
 
 # What each figure must reach on two CPU cores, and `cuda_…` on a GPU: at least, at most.
-REACH = {
+TARGETS = {
     "g16_cached_over_joint": (0, 1.5),
     "g16_uncached_over_cached": (15, math.inf),
     "g64_cached_over_joint": (0, 2.5),
@@ -33,8 +33,8 @@ REACH = {
 
 
 @dataclass
-class Card:
-    """Each figure with its range over the turns, the table of the README, and the watch."""
+class Results:
+    """Each metric with its range over the rounds, the cost table, and the stopwatch."""
 
     figures: dict[str, float] = field(default_factory=dict)
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -45,13 +45,13 @@ class Card:
         self.figures[key] = statistics.median(values)
         self.spread[key] = (min(values), max(values))
 
-    def ratio(self, key: str, turns: Turns, over: str, under: str) -> None:
-        pairs = zip(turns[over], turns[under], strict=True)
+    def ratio(self, key: str, rounds: Rounds, over: str, under: str) -> None:
+        pairs = zip(rounds[over], rounds[under], strict=True)
         self.put(key, [a / b for a, b in pairs])
 
 
 def machine(devices: Sequence[str], cores: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurements."""
     here = Path(__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
@@ -77,31 +77,31 @@ def _named(device: str) -> str:
     return name
 
 
-def readable(card: dict[str, Any]) -> str:
-    """The card as two tables."""
-    machine = card["machine"]
+def readable(results: dict[str, Any]) -> str:
+    """The results as two tables."""
+    machine = results["machine"]
     threads = ", ".join(f"{count} for {what}" for what, count in machine["threads"].items())
     head = f"{machine['device']}, torch {machine['torch']}"
-    again, disturbed = card["turns"]["again"], card["turns"]["disturbed"]
+    repeated, noisy = results["rounds"]["repeated"], results["rounds"]["noisy"]
     lines = [f"{head}, threads: {threads}" if threads else head]
-    lines += [f"disturbed turns: {again} taken again, {disturbed} kept", ""]
-    for key, (low, high) in card["spread"].items():
+    lines += [f"noisy rounds: {repeated} repeated, {noisy} kept", ""]
+    for key, (low, high) in results["spread"].items():
         wanted = ""
-        if key in REACH:
-            least, most = REACH[key]
+        if key in TARGETS:
+            least, most = TARGETS[key]
             rule = f"at most {most:g}" if most < math.inf else f"at least {least:g}"
-            wanted = f"{rule}: {'reached' if least <= card[key] <= most else 'MISSED'}"
-        lines.append(f"{key:38} {card[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
-    return "\n".join([*lines, "", markdown(card)] if card["table"] else lines)
+            wanted = f"{rule}: {'reached' if least <= results[key] <= most else 'MISSED'}"
+        lines.append(f"{key:38} {results[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
+    return "\n".join([*lines, "", markdown(results)] if results["table"] else lines)
 
 
-def markdown(card: dict[str, Any]) -> str:
-    """The table of the README."""
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/cost.md."""
     lines = [
         "| num_groups | overlap | cache | nfe | tokens | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for row in card["table"]:
+    for row in results["table"]:
         overlap = f"{row['overlap']:g}" if row["num_groups"] > 1 else "–"
         lines.append(
             f"| {row['num_groups']} | {overlap} | {'yes' if row['cache'] else 'no'} "
