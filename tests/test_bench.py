@@ -329,6 +329,17 @@ def test_a_folder_of_other_results_is_refused(run, whole):
     assert lines(whole) == before
 
 
+def test_results_are_compared_as_printed():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    files = (f"{name}={folder / 'digits' / name}.jsonl" for name in ("results", "joint"))
+    command = [sys.executable, str(folder / "compare.py"), "fd_classifier", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, _, *rows = done.stdout.splitlines()
+    page = (folder / "digits/README.md").read_text(encoding="utf-8")
+    assert len(rows) == 4
+    assert "\n".join(rows) in page
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
     with pytest.raises(ValueError, match="line 2"):
