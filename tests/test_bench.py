@@ -123,6 +123,7 @@ def test_a_setting_is_swept_once():
     [
         ({"num_groups": [17]}, "num_groups"),
         ({"overlap": [1.5]}, "overlap"),
+        ({"overlap": [1.5], "num_groups": [1]}, "overlap"),
         ({"steps": [0]}, "steps"),
         ({"order": []}, "order must hold"),
     ],

@@ -131,11 +131,11 @@ def grid(
     for g, s, o, way, rule, w in product(num_groups, every, overlap, order, solver, guidance):
         if g > 1 and s not in steps:
             continue
-        if g == 1:  # a single group has neither overlap nor order
-            o, way = 0.0, order[0]
         config = DecodeConfig(num_groups=g, overlap=o, steps=s, order=way, solver=rule, guidance=w)
-        stagger = config.schedule(num_tokens=num_tokens).stagger if g > 1 else 0
-        found.setdefault((g, stagger, s, way, rule, w), config)
+        stagger = config.schedule(num_tokens=num_tokens).stagger
+        if g == 1:  # a single group has neither overlap nor order
+            config, stagger = replace(config, overlap=0.0, order=order[0]), 0
+        found.setdefault((g, stagger, s, config.order, rule, w), config)
     return list(found.values())
 
 
