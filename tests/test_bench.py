@@ -347,6 +347,18 @@ def test_a_damaged_line_is_named(tmp_path):
         Results(tmp_path / "results.jsonl", same={"samples": 1}, solvers={})
 
 
+def test_the_data_of_a_run_of_version_0_1_are_read(run, tmp_path):
+    for file in run.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = {"_target_": "rolldiff.data.Digits", "reference": 60, "corrupt": "skip"}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"data": data}))
+    short = ("bench.num_groups=[1]", "bench.steps=[2]")
+    bench(ask(tmp_path, tmp_path / "new", *short), conf=config_dir())
+    (line,) = lines(tmp_path / "new")
+    assert json.loads(line)["reference_images"] == 60
+
+
 def test_data_of_others_are_not_called(run, tmp_path):
     for file in run.iterdir():
         if file.is_file():

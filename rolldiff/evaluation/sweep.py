@@ -46,6 +46,9 @@ __all__ = ["Match", "Results", "Timings", "bench", "grid", "match_cost"]
 Match = Literal["nfe", "tokens", "seconds"]
 Record = dict[str, Any]
 
+# Keys of the data in run folders of version 0.1.
+RENAMED_DATA = {"reference": "reference_images", "corrupt": "on_error"}
+
 
 def bench(cfg: DictConfig, *, conf: Path) -> Path:
     """Measure what is configured and not yet measured, and write the report.
@@ -356,7 +359,7 @@ def _data(cfg: DictConfig) -> Any:
     # The folder may be somebody else's: nothing is called that is not ours.
     if not str(target).startswith("rolldiff.data."):
         raise UsageError(f"data of {config} must be of rolldiff.data, got {target}; say data=…")
-    return data
+    return OmegaConf.create({RENAMED_DATA.get(key, key): data[key] for key in data})
 
 
 def _matched(
