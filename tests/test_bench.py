@@ -341,6 +341,13 @@ def test_results_are_compared_as_printed():
     assert "\n".join(rows) in page
 
 
+def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
+    for solver in ("heun", "euler"):
+        bench(ask(run, tmp_path, f"bench.solver=[{solver}]", "bench.steps=[2]"), conf=config_dir())
+    assert [json.loads(line)["solver"] for line in lines(tmp_path)] == ["heun"] * 3 + ["euler"] * 3
+    assert "## Heun" in (tmp_path / "report.md").read_text()
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
     with pytest.raises(ValueError, match="line 2"):

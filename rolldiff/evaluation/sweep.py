@@ -79,6 +79,9 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         results = None
         if group.is_main:
             results = Results(folder / "results.jsonl", same=same, solvers=solvers)
+            # The report decodes samples of earlier lines too, which may have other solvers.
+            names = {record["solver"] for record in results.records} - solvers.keys()
+            solvers = solvers | {name: _solver(name, conf) for name in names}
         todo = group.broadcast([] if results is None else results.missing(configs))
         shown = progress(todo, "configurations") if group.is_main else iter(todo)
         for config in shown:
