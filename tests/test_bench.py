@@ -348,6 +348,17 @@ def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
     assert "## Heun" in (tmp_path / "report.md").read_text()
 
 
+def test_every_configuration_prints_a_line(run, tmp_path, capsys):
+    for steps, earlier in ((2, 0), (3, 1)):
+        short = ("bench.num_groups=[1]", f"bench.steps=[2,{steps}]")
+        bench(ask(run, tmp_path, *short), conf=config_dir())
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 1 + earlier
+        assert printed[-1].startswith(f"1 group, {steps} steps: nfe {steps}, tokens {16 * steps}, ")
+        assert "fd_pixels" in printed[-1]
+    assert printed[0] == "1 of 2 configurations were measured earlier"
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
     with pytest.raises(ValueError, match="line 2"):

@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -22,6 +23,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from tqdm import tqdm
 
 import rolldiff
 from rolldiff.decoder import DecodeConfig, Decoder
@@ -37,9 +39,8 @@ from rolldiff.evaluation.measure import (
     extract_features,
     processes,
 )
-from rolldiff.evaluation.report import write_report
+from rolldiff.evaluation.report import config_label, write_report
 from rolldiff.hub import read_checkpoint
-from rolldiff.progress import progress
 
 __all__ = ["Match", "Results", "Timings", "bench", "grid", "match_cost"]
 
@@ -83,12 +84,14 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
             names = {record["solver"] for record in results.records} - solvers.keys()
             solvers = solvers | {name: _solver(name, conf) for name in names}
         todo = group.broadcast([] if results is None else results.missing(configs))
-        shown = progress(todo, "configurations") if group.is_main else iter(todo)
-        for config in shown:
-            measurement = evaluator.measure(config)
-            if results is not None and measurement is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                results.append(config, asdict(measurement) | provenance)
+        with _progress(todo, len(configs), show=group.is_main) as bar:
+            for config in todo:
+                measurement = evaluator.measure(config)
+                if results is not None and measurement is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    results.append(config, asdict(measurement) | provenance)
+                    bar.update()
+                    tqdm.write(_summary(results.records[-1]), file=sys.stderr)
         if results is not None:
             write_report(results.records, folder, evaluator=evaluator, solvers=solvers)
     return folder
@@ -273,6 +276,22 @@ class Timings:
             os.replace(part, self.path)
         offset, slope = self.fits[key]
         return offset + slope * config.steps
+
+
+def _progress(todo: Sequence[DecodeConfig], total: int, *, show: bool) -> Any:
+    """A bar over all configurations in a terminal; elsewhere lines alone."""
+    done = total - len(todo)
+    if show and done:
+        tqdm.write(f"{done} of {total} configurations were measured earlier", file=sys.stderr)
+    hidden = not (show and sys.stderr.isatty())
+    return tqdm(total=total, initial=done, unit="configuration", disable=hidden)
+
+
+def _summary(record: Record) -> str:
+    metrics = {k: v["mean"] for k, v in record["metrics"].items() if k.startswith(("fd_", "fid"))}
+    values = {"nfe": record["nfe"], "tokens": record["tokens"], "seconds": record["seconds"]}
+    text = ", ".join(f"{name} {value:.4g}" for name, value in (values | metrics).items())
+    return f"{config_label(record)}: {text}"
 
 
 def _default_folder(ckpt: Path) -> Path:
