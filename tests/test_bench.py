@@ -123,6 +123,7 @@ def test_a_setting_is_swept_once():
     [
         ({"num_groups": [17]}, "num_groups"),
         ({"overlap": [1.5]}, "overlap"),
+        ({"overlap": [1.5], "num_groups": [1]}, "overlap"),
         ({"steps": [0]}, "steps"),
         ({"order": []}, "order must hold"),
     ],
@@ -329,10 +330,51 @@ def test_a_folder_of_other_results_is_refused(run, whole):
     assert lines(whole) == before
 
 
+def test_results_are_compared_as_printed():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    files = (f"{name}={folder / 'digits' / name}.jsonl" for name in ("results", "joint"))
+    command = [sys.executable, str(folder / "compare.py"), "fd_classifier", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, _, *rows = done.stdout.splitlines()
+    page = (folder / "digits/README.md").read_text(encoding="utf-8")
+    assert len(rows) == 4
+    assert "\n".join(rows) in page
+
+
+def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
+    for solver in ("heun", "euler"):
+        bench(ask(run, tmp_path, f"bench.solver=[{solver}]", "bench.steps=[2]"), conf=config_dir())
+    assert [json.loads(line)["solver"] for line in lines(tmp_path)] == ["heun"] * 3 + ["euler"] * 3
+    assert "## Heun" in (tmp_path / "report.md").read_text()
+
+
+def test_every_configuration_prints_a_line(run, tmp_path, capsys):
+    for steps, earlier in ((2, 0), (3, 1)):
+        short = ("bench.num_groups=[1]", f"bench.steps=[2,{steps}]")
+        bench(ask(run, tmp_path, *short), conf=config_dir())
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 1 + earlier
+        assert printed[-1].startswith(f"1 group, {steps} steps: nfe {steps}, tokens {16 * steps}, ")
+        assert "fd_pixels" in printed[-1]
+    assert printed[0] == "1 of 2 configurations were measured earlier"
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
     with pytest.raises(ValueError, match="line 2"):
         Results(tmp_path / "results.jsonl", same={"samples": 1}, solvers={})
+
+
+def test_the_data_of_a_run_of_version_0_1_are_read(run, tmp_path):
+    for file in run.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = {"_target_": "rolldiff.data.Digits", "reference": 60, "corrupt": "skip"}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"data": data}))
+    short = ("bench.num_groups=[1]", "bench.steps=[2]")
+    bench(ask(tmp_path, tmp_path / "new", *short), conf=config_dir())
+    (line,) = lines(tmp_path / "new")
+    assert json.loads(line)["reference_images"] == 60
 
 
 def test_data_of_others_are_not_called(run, tmp_path):

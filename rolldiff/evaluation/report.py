@@ -119,9 +119,10 @@ images of {record["data"]} ({record["reference"]}). {record["samples"]} samples 
 {len(record["seeds"])} seeds per configuration; sample `i` has the same noise\
 {" and label" if labels else ""} in every configuration. {record["device"]}, \
 {record["threads"]} threads, {record["processes"]} process(es), torch \
-{record["versions"]["torch"]}; seconds are for a batch of {record["batch_size"]}.
+{record["versions"]["torch"]}; seconds are for a batch of \
+{min(record["batch_size"], record["samples"])}.
 
-Metrics are means over the seeds, with their standard deviation. With three seeds the standard
+Metrics are means over the seeds, with their standard deviation. With few seeds the standard
 deviation is itself uncertain, and the best of many configurations is a little better than it would
 be with new seeds. A cost in bold marks the Pareto front of `{metric}`: no configuration with a
 lower cost of this kind has a lower distance. Grouping spends more network calls on fewer tokens

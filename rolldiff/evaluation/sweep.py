@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -22,6 +23,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from tqdm import tqdm
 
 import rolldiff
 from rolldiff.decoder import DecodeConfig, Decoder
@@ -37,14 +39,16 @@ from rolldiff.evaluation.measure import (
     extract_features,
     processes,
 )
-from rolldiff.evaluation.report import write_report
+from rolldiff.evaluation.report import config_label, write_report
 from rolldiff.hub import read_checkpoint
-from rolldiff.progress import progress
 
 __all__ = ["Match", "Results", "Timings", "bench", "grid", "match_cost"]
 
 Match = Literal["nfe", "tokens", "seconds"]
 Record = dict[str, Any]
+
+# Keys of the data in run folders of version 0.1.
+RENAMED_DATA = {"reference": "reference_images", "corrupt": "on_error"}
 
 
 def bench(cfg: DictConfig, *, conf: Path) -> Path:
@@ -76,13 +80,18 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         results = None
         if group.is_main:
             results = Results(folder / "results.jsonl", same=same, solvers=solvers)
+            # The report decodes samples of earlier lines too, which may have other solvers.
+            names = {record["solver"] for record in results.records} - solvers.keys()
+            solvers = solvers | {name: _solver(name, conf) for name in names}
         todo = group.broadcast([] if results is None else results.missing(configs))
-        shown = progress(todo, "configurations") if group.is_main else iter(todo)
-        for config in shown:
-            measurement = evaluator.measure(config)
-            if results is not None and measurement is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                results.append(config, asdict(measurement) | provenance)
+        with _progress(todo, len(configs), show=group.is_main) as bar:
+            for config in todo:
+                measurement = evaluator.measure(config)
+                if results is not None and measurement is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    results.append(config, asdict(measurement) | provenance)
+                    bar.update()
+                    tqdm.write(_summary(results.records[-1]), file=sys.stderr)
         if results is not None:
             write_report(results.records, folder, evaluator=evaluator, solvers=solvers)
     return folder
@@ -131,11 +140,11 @@ def grid(
     for g, s, o, way, rule, w in product(num_groups, every, overlap, order, solver, guidance):
         if g > 1 and s not in steps:
             continue
-        if g == 1:  # a single group has neither overlap nor order
-            o, way = 0.0, order[0]
         config = DecodeConfig(num_groups=g, overlap=o, steps=s, order=way, solver=rule, guidance=w)
-        stagger = config.schedule(num_tokens=num_tokens).stagger if g > 1 else 0
-        found.setdefault((g, stagger, s, way, rule, w), config)
+        stagger = config.schedule(num_tokens=num_tokens).stagger
+        if g == 1:  # a single group has neither overlap nor order
+            config, stagger = replace(config, overlap=0.0, order=order[0]), 0
+        found.setdefault((g, stagger, s, config.order, rule, w), config)
     return list(found.values())
 
 
@@ -269,6 +278,22 @@ class Timings:
         return offset + slope * config.steps
 
 
+def _progress(todo: Sequence[DecodeConfig], total: int, *, show: bool) -> Any:
+    """A bar over all configurations in a terminal; elsewhere lines alone."""
+    done = total - len(todo)
+    if show and done:
+        tqdm.write(f"{done} of {total} configurations were measured earlier", file=sys.stderr)
+    hidden = not (show and sys.stderr.isatty())
+    return tqdm(total=total, initial=done, unit="configuration", disable=hidden)
+
+
+def _summary(record: Record) -> str:
+    metrics = {k: v["mean"] for k, v in record["metrics"].items() if k.startswith(("fd_", "fid"))}
+    values = {"nfe": record["nfe"], "tokens": record["tokens"], "seconds": record["seconds"]}
+    text = ", ".join(f"{name} {value:.4g}" for name, value in (values | metrics).items())
+    return f"{config_label(record)}: {text}"
+
+
 def _default_folder(ckpt: Path) -> Path:
     return ckpt / "bench" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-bench")
 
@@ -356,7 +381,7 @@ def _data(cfg: DictConfig) -> Any:
     # The folder may be somebody else's: nothing is called that is not ours.
     if not str(target).startswith("rolldiff.data."):
         raise UsageError(f"data of {config} must be of rolldiff.data, got {target}; say data=…")
-    return data
+    return OmegaConf.create({RENAMED_DATA.get(key, key): data[key] for key in data})
 
 
 def _matched(
