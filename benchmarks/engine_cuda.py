@@ -15,7 +15,6 @@ from engine_rounds import Cases, now
 from torch import Tensor, nn
 
 from rolldiff import Cost, DecodeOutput, Decoder, GroupSchedule, Training
-from rolldiff.nn.transformer import LinearT
 
 # num_groups, overlap, cache
 CASES = {
@@ -144,7 +143,7 @@ def flops(backbone: nn.Module, tokens: float, *, seen: float, times: float) -> f
 
 
 def _matrices(module: nn.Module) -> int:
-    linear = (part for part in module.modules() if isinstance(part, nn.Linear | LinearT))
+    linear = (part for part in module.modules() if isinstance(part, nn.Linear))
     return sum(part.weight.numel() for part in linear)
 
 

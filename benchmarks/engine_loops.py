@@ -12,6 +12,7 @@ from rolldiff.conditioning import Conditioning
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid, sample
 from rolldiff.nn.denoiser import Backbone
+from rolldiff.nn.transformer import ColumnLinear
 
 
 def decoder(side: int, width: int, depth: int, heads: int, device: torch.device) -> Decoder:
@@ -62,8 +63,11 @@ def products(model: Decoder, num_groups: int, steps: int) -> Callable[[], None]:
     hook.remove()
     weights = []  # [in, out]
     for block in model.backbone.blocks:
-        attn, mlp = block.attn, block.mlp
-        weights += [attn.qkv.weight.t(), attn.out.weight.t(), mlp.up.weight.t(), mlp.down.weight]
+        layers = [block.attn.qkv, block.attn.out, block.mlp.up, block.mlp.down]
+        if num_groups > 1:
+            weights += [ColumnLinear(layer).weight.t() for layer in layers]
+        else:
+            weights += [layer.weight.t() for layer in layers]
     rows = {(n, len(w)): torch.randn(n, len(w)) for n in set(calls) for w in weights}
 
     @torch.inference_mode()

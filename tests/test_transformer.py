@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, GroupSchedule, Patches, TokenSequence, Transformer
+from rolldiff.nn.transformer import ColumnLinear
 
 
 def network(patch=1, **arguments):
@@ -129,6 +130,33 @@ def test_labels_and_times_matter():
 def test_bad_sizes(arguments):
     with pytest.raises(ValueError, match="width"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(8, 1024, True), (32, 24, False)])
+def test_column_copies_are_the_layer(inputs, outputs, bias):
+    linear = torch.nn.Linear(inputs, outputs, bias=bias)
+    columns = ColumnLinear(linear)
+    x = torch.randn(2, 3, inputs)
+    torch.testing.assert_close(columns(x), linear(x))
+    gap = ColumnLinear.LINE // 4 if outputs == 1024 else 0
+    assert columns.weight.stride() == (1, outputs + gap)
+
+
+def test_only_plain_layers_are_copied(make):
+    """Layers with hooks and layers of other classes stay, and everything else is shared."""
+    block = make().backbone.blocks[0]
+    block.mlp.up.register_forward_hook(lambda *_: None)
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    block.attn.out = Adapter(32, 32)
+    copied = ColumnLinear.replace(block)
+    assert copied.mlp.up is block.mlp.up
+    assert copied.attn.out is block.attn.out
+    assert isinstance(copied.attn.qkv, ColumnLinear)
+    assert isinstance(block.attn.qkv, torch.nn.Linear), "the network itself is as it was"
+    assert copied.attn.qk_scale is block.attn.qk_scale
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -125,7 +125,9 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         Raises:
             UsageError: if an argument has the wrong shape, type or range.
         """
-        return self._decoded(z, generator, num_inference_steps, return_dict)
+        return self._decoded(
+            z, generator=generator, steps=num_inference_steps, return_dict=return_dict
+        )
 
     def forward(
         self,
@@ -136,7 +138,9 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         num_inference_steps: int | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """As `decode`."""
-        return self._decoded(z, generator, num_inference_steps, return_dict)
+        return self._decoded(
+            z, generator=generator, steps=num_inference_steps, return_dict=return_dict
+        )
 
     def encode(self, x: Tensor, *, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Encode images `[B, 3, H, W]`, if there is an encoder.
@@ -164,7 +168,7 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def _decoded(
-        self, z: Tensor, generator: Any, steps: int | None, return_dict: bool
+        self, z: Tensor, *, generator: Any, steps: int | None, return_dict: bool
     ) -> DecoderOutput | tuple[Tensor]:
         latents = self._check(z, "z").permute(0, 2, 3, 1)
         parts, sources = [latents], [self.seed if generator is None else generator]

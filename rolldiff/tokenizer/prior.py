@@ -200,5 +200,5 @@ class Prior(Pretrained):
         mask = causal_mask(index[span], index) if h.shape[1] > 1 else None
         slots = [None] * len(self.blocks) if cache is None else cache.slots(span)
         for block, kv in zip(self.blocks, slots, strict=True):
-            h = block(h, modulation, None, mask, kv=kv)
+            h = block(h, modulation, attn_mask=mask, kv=kv)
         return self.head(norm(h))
