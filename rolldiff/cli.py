@@ -3,12 +3,14 @@
 A command composes its configuration once and builds its parts once, before it writes anything.
 Flags such as `-m`, `--cfg` and `--help` are Hydra's own, and with them Hydra runs the command.
 
-A mistake of the user ends in one line on standard error and exit status 2; a training whose loss is
-not finite in one line and status 1. All other errors show their traceback, as everything does if
-HYDRA_FULL_ERROR is set.
+A mistake of the user ends in one line on standard error and exit status 2; a file that cannot be
+read or written, and a training whose loss is not finite, in one line and status 1; Ctrl-C and
+SIGTERM in one line and status 130 and 143. All other errors show their traceback, as everything
+does if HYDRA_FULL_ERROR is set. In a sweep, a job that fails does not end the others.
 """
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -31,6 +33,8 @@ from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.errors import UsageError
 from rolldiff.hub import Pretrained, read_checkpoint
+from rolldiff.shell import command_line
+from rolldiff.signals import Interrupted, raised
 
 __all__ = ["config_dir", "main"]
 
@@ -47,8 +51,8 @@ usage: rolldiff COMMAND [key=value ...]
 rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints their values.
 """
 
-# Settings that may differ from those of the run that is resumed.
-RESUME = ("resume", "time_limit", "progress")
+# Settings that may differ from those of the run that is resumed. (Importing them takes seconds.)
+RESUMABLE = ("resume", "time_limit", "progress", "trust")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,15 +69,15 @@ def main(argv: list[str] | None = None) -> None:
         print(rolldiff.__version__)
         return
     command, *overrides = argv
-    with _errors_in_one_line():
+    with _errors_in_one_line(), raised():
         if command not in COMMANDS:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
         _quiet_warnings()
+        if command == "train":
+            _refuse_settings_beside_resume(overrides)
         if any(override.startswith("-") for override in overrides):
             _run_by_hydra(command, overrides)
             return
-        if command == "train":
-            _refuse_settings_beside_resume(overrides)
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose(command, overrides)
         COMMANDS[command](cfg)
@@ -88,8 +92,13 @@ def config_dir() -> Path:
     raise UsageError(f"the folder conf must be inside {package} or beside it, and is missing")
 
 
-def train(cfg: DictConfig) -> None:
-    """Train a model or resume its training, and print what to do next."""
+def train(cfg: DictConfig) -> float | None:
+    """Train a model or resume its training, and print what to do next.
+
+    Returns:
+        The smallest distance that was measured, for sweeps that search; None if the training was
+        stopped before its end.
+    """
     from rolldiff.training.run import resumed_config
     from rolldiff.training.run import train as run
 
@@ -99,14 +108,19 @@ def train(cfg: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if cfg.resume is not None:
         cfg = resumed_config(cfg)
-    summary = run(cfg)
+    try:
+        summary = run(cfg)
+    except KeyboardInterrupt:
+        if cfg.run_dir is not None and Path(cfg.run_dir, "config.yaml").is_file():
+            print(f"\nResume with:\n  {_resume(cfg)}", file=sys.stderr)
+        raise
     if summary is None:
-        command = f"rolldiff train resume={cfg.run_dir} time_limit={cfg.time_limit}"
-        print(f"\nStopped at the time limit and saved. Next:\n  {command}")
-        return
+        print(f"\nStopped at the time limit and saved. Next:\n  {_resume(cfg)}")
+        return None
     print(f"\n{summary.report.table}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen, saved in {cfg.run_dir}")
     print(f"Next:\n  {summary.report.try_next}")
+    return summary.objective
 
 
 def decode(cfg: DictConfig) -> None:
@@ -166,7 +180,7 @@ def bench(cfg: DictConfig) -> None:
     print(run(cfg, conf=config_dir()) / "report.md")
 
 
-COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
     "train": train,
     "decode": decode,
     "generate": generate,
@@ -200,35 +214,65 @@ def _labels(cfg: DictConfig, classes: int) -> Any:
     return cfg.label
 
 
+def _resume(cfg: DictConfig) -> str:
+    """The command that resumes a training."""
+    settings = {"resume": cfg.run_dir}
+    settings |= {name: cfg[name] for name in ("time_limit", "trust") if cfg[name] is not None}
+    return command_line("train", settings)
+
+
 def _refuse_settings_beside_resume(overrides: Sequence[str]) -> None:
     names = [override.partition("=")[0] for override in overrides]
-    others = [o for o, name in zip(overrides, names, strict=True) if name not in RESUME]
+    others = [
+        override
+        for override, name in zip(overrides, names, strict=True)
+        if name not in RESUMABLE and not override.startswith("-")
+    ]
     if "resume" in names and others:
         raise UsageError(
-            "resume must come without other settings than time_limit and progress, because it "
+            f"resume must come without other settings than {', '.join(RESUMABLE[1:])}, because it "
             f"keeps those of the run, got {' '.join(others)}"
         )
 
 
 def _run_by_hydra(command: str, overrides: Sequence[str]) -> None:
     """Run a command, or several jobs of it, or print its settings, as Hydra's flags say."""
+    failed: list[str] = []
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> float | None:
         context = HydraConfig.get()
-        if context.mode == RunMode.MULTIRUN and "run_dir" in cfg:
+        if context.mode != RunMode.MULTIRUN:
+            with _errors_in_one_line():
+                return COMMANDS[command](cfg)
+        if "run_dir" in cfg:
             cfg.run_dir = context.runtime.output_dir
-        with _errors_in_one_line():
-            COMMANDS[command](cfg)
+        try:
+            with _errors_in_one_line():
+                return COMMANDS[command](cfg)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            # The other jobs go on, and one that searches sees the worst value.
+            failed.append(str(context.job.num))
+            return math.inf
 
     sys.argv = [f"rolldiff {command}", *overrides]
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)
     run(job)()
+    if failed:
+        print(f"rolldiff: failed jobs of the sweep: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
+    except KeyboardInterrupt as error:
+        name, status = "Ctrl-C", 130
+        if isinstance(error, Interrupted):
+            name, status = {"SIGINT": "Ctrl-C"}.get(error.name, error.name), error.status
+        _fail(error, f"stopped by {name}", status=status)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UsageError) or _is_misconfiguration(cause):
@@ -240,6 +284,12 @@ def _errors_in_one_line() -> Iterator[None]:
         _fail(error)
     except FloatingPointError as error:
         _fail(error, status=1)
+    except OSError as error:
+        _fail(error, _os_error(error), status=1)
+    except RecursionError as error:
+        if not _in_omegaconf(error):
+            raise
+        _fail(error, "the settings refer to each other in a circle")
     except Exception as error:
         if not _is_misconfiguration(error):
             raise
@@ -251,10 +301,26 @@ def _is_misconfiguration(error: BaseException | None) -> bool:
     return type(error).__name__ == "MisconfigurationException"
 
 
-def _fail(error: BaseException | None, status: int = 2) -> NoReturn:
-    if "HYDRA_FULL_ERROR" in os.environ and error is not None:
+def _in_omegaconf(error: BaseException) -> bool:
+    trace, files = error.__traceback__, set()
+    while trace is not None:
+        files.add(Path(trace.tb_frame.f_code.co_filename).parent.name)
+        trace = trace.tb_next
+    return "omegaconf" in files
+
+
+def _os_error(error: OSError) -> str:
+    """The cause and the file, where the system gives them, such as a full disk."""
+    if error.strerror is None:
+        return str(error)
+    place = error.filename2 or error.filename
+    return f"{error.strerror}: {place}" if place else error.strerror
+
+
+def _fail(error: BaseException | None, text: str | None = None, *, status: int = 2) -> NoReturn:
+    if "HYDRA_FULL_ERROR" in os.environ and isinstance(error, Exception):
         raise error
-    print(f"rolldiff: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"rolldiff: {' '.join((text or str(error)).split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -264,6 +330,8 @@ def _quiet_warnings() -> None:
     for message in (
         "The '.*_dataloader' does not have many workers",  # images in memory need none
         ".*LeafSpec.* is deprecated",
+        # A short training logs its last values with the report.
+        "The number of training batches .* is smaller than the logging interval",
         # The data module resumes by itself, in the folder of the run.
         "You're resuming from a checkpoint that ended before",
         "Checkpoint directory .* exists and is not empty",

@@ -97,7 +97,7 @@ def locked(folder: Path, *, name: str = "run_dir") -> Iterator[None]:
         OSError: if the folder cannot be written.
     """
     refuse_links(folder / LOCK)
-    lock = FileLock(folder / LOCK, timeout=0, mode=0o666)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -1,24 +1,45 @@
-"""Every YAML composes and instantiates."""
+"""Every YAML composes, instantiates, and trains for a few steps in its own precision."""
 
+import io
+import json
 import re
 
+import numpy as np
 import pytest
+from datasets import Dataset, Features, Image, Value
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image as Picture
 
 from rolldiff import hub
 from rolldiff.cli import config_dir
-from rolldiff.training import LitTokenizer
+from rolldiff.training import LitTokenizer, train
 
 CONF = config_dir()
 LEAVES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
-# A prior needs the run of a tokenizer: see test_training.py and test_chain.py.
-LEAVES = [leaf for leaf in LEAVES if leaf.name != "prior"]
 EXPERIMENTS = [leaf for leaf in LEAVES if leaf.parts[0] == "experiment"]
-PARTS = [leaf for leaf in LEAVES if leaf not in EXPERIMENTS]
-# "chain" and "report" are in evaluation soon.
+# A prior needs the run of a tokenizer: see test_tokenizer.py; a recipe is a set of settings.
+PARTS = [
+    leaf
+    for leaf in LEAVES
+    if leaf.parts[0] not in ("experiment", "recipe") and leaf.name != "prior"
+]
 PACKAGES = {"data", "training", "evaluation"}
 NETWORK = {"small", "base", "large", "xl"}
+TINY = [
+    "max_steps=3",
+    "max_time=null",
+    "batch_size=4",
+    "compile=false",
+    "progress=false",
+    "nn.width=16",
+    "nn.depth=1",
+    "nn.heads=1",
+    "report.samples=8",
+    "report.steps=1",
+    "trainer.val_check_interval=2",
+]
 
 
 def composed(command, *overrides):
@@ -39,14 +60,16 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
         overrides.append("nn.depth=1")
     # What a leaf leaves to the user.
     overrides += {
-        "hub": ["data.name=somebody/images", "data.image_size=8"],
-        "parquet": ["data.path=somewhere", "data.image_size=8"],
+        "hub": ["data.name=somebody/images", "data.image_size=8", "num_classes=2"],
+        "parquet": ["data.path=somewhere", "data.image_size=8", "num_classes=2"],
         "tokenizer": ["experiment=tokenizer"],
-        "folder": ["data.path=somewhere", "data.image_size=8"],
+        "folder": ["data.path=somewhere", "data.image_size=8", "num_classes=2"],
     }.get(name, [])
     cfg = composed(command, *overrides)
     if command == "train":
-        cfg.run_dir = str(tmp_path)
+        cfg.run_dir, cfg.run_id = str(tmp_path), "1"
+        if cfg.num_classes is None:
+            cfg.num_classes = 2
     part = cfg[group]
     if group == "callbacks":
         for callback in part.values():
@@ -55,22 +78,99 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
         assert instantiate(part, _convert_="all") is not None
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Local copies of the hub's sets, with ten pictures each, by the names of their leaves."""
+    folders = {}
+    generator = np.random.default_rng(0)
+    for name, column, shape in (
+        ("cifar10", "img", (32, 32, 3)),
+        ("fashion_mnist", "image", (28, 28)),
+    ):
+        rows = []
+        for _ in range(10):
+            file = io.BytesIO()
+            Picture.fromarray(generator.integers(0, 255, shape, dtype=np.uint8)).save(file, "PNG")
+            rows.append({"bytes": file.getvalue(), "path": None})
+        folders[name] = tmp_path_factory.mktemp(name)
+        features = Features({column: Image(), "label": Value("int64")})
+        table = Dataset.from_dict({column: rows, "label": list(range(10))}, features=features)
+        table.to_parquet(folders[name] / "train-0.parquet")
+    return folders
+
+
+def of_data(cfg, tables):
+    """Where an experiment finds its pictures here."""
+    for name, folder in tables.items():
+        if OmegaConf.select(cfg, "data.name", default="").endswith(name):
+            return [f"data.path={folder}", "data.split=train", "data.reference_images=null"]
+    return []
+
+
 @pytest.mark.parametrize("leaf", EXPERIMENTS, ids=str)
-def test_every_experiment_builds_its_model(leaf):
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about three steps
+def test_every_experiment_trains(leaf, tables, tmp_path):
+    overrides = [f"experiment={leaf.name}", *TINY, f"run_dir={tmp_path / 'run'}"]
+    if leaf.name == "prior":
+        tokens = tmp_path / "tokens"
+        ask = ["experiment=tokenizer", *TINY, "report.num_groups=[1]", f"run_dir={tokens}"]
+        train(composed("train", *ask))
+        overrides += [f"tokenizer={tokens}", "prior_model.width=16", "prior_model.heads=1"]
+    else:
+        overrides += ["report.num_groups=[1]"]
+    overrides += of_data(composed("train", *overrides), tables)
+    if "pixels" in leaf.name and "digits" not in leaf.name:  # hundreds of groups of one token
+        overrides += ["training.num_groups=[1,7]", "callbacks.samples=null"]
+    cfg = composed("train", *overrides)
+    bf16 = leaf.name.startswith(("cifar10", "fashion_mnist")) and "tiny" not in leaf.name
+    bf16 = bf16 and "tokenizer" not in leaf.name
+    assert cfg.trainer.precision == ("bf16-mixed" if bf16 else "32-true")
+    assert train(cfg).steps == 3
+    assert json.loads((tmp_path / "run/summary.json").read_text())["images_seen"] == 12
+
+
+LEAF = ["lit", "nn", "noise", "timesteps", "logger", "conditions", "trainer", "optimizer"]
+TRAINED = [leaf for leaf in PARTS if leaf.parts[0] in LEAF]
+
+
+@pytest.mark.parametrize("leaf", TRAINED, ids=str)
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about three steps
+def test_every_leaf_trains(leaf, tmp_path, monkeypatch):
+    group, name = leaf.parts
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    choice = f"{group}={name}"
+    overrides = [choice, *TINY, "report.num_groups=[1]", "training.num_groups=[1,2]"]
+    if name in ("latents", "tokenizer"):  # a grid of latents is a tokenizer's
+        overrides = ["experiment=tokenizer", *overrides]
+    if group == "logger" and name == "wandb":
+        overrides.append("logger.offline=true")
+    summary = train(composed("train", *overrides, f"run_dir={tmp_path / 'run'}"))
+    assert summary.steps == 3
+    assert np.isfinite(summary.objective)
+
+
+@pytest.mark.parametrize("leaf", EXPERIMENTS, ids=str)
+def test_every_experiment_builds_its_model(leaf, tmp_path):
+    if leaf.name == "prior":
+        pytest.skip("needs the run of a tokenizer, and is trained above")
     cfg = composed("train", f"experiment={leaf.name}")
     lit = instantiate(cfg.lit, _convert_="all")
     if "tokenizer" in leaf.name:
         assert isinstance(lit, LitTokenizer)  # which takes no labels
     else:
-        assert lit.model.conditioning.num_classes == cfg.num_classes
+        assert lit.model.conditioning.num_classes == cfg.num_classes == 10
 
 
-def test_the_default_is_the_digits_experiment():
+def test_the_digits_have_a_recipe():
     assert composed("train") == composed("train", "experiment=digits")
+    assert composed("train", "~recipe").max_time is None
 
 
-def test_no_experiment_leaves_the_defaults():
-    assert composed("train", "~experiment").max_steps == 1000
+def test_other_data_inherits_nothing_from_the_digits():
+    ask = ["data=folder", "data.path=somewhere", "data.image_size=64"]
+    assert composed("train", *ask) == composed("train", *ask, "~recipe")
+    with pytest.raises(Exception, match="experiment/nothing"):
+        composed("train", "experiment=nothing")
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -12,9 +12,10 @@ import rolldiff
 from rolldiff import Decoder
 
 LEVELS = [
-    ["errors", "progress", "shell"],
+    ["errors", "progress", "shell", "signals"],
     ["files"],
     ["device", "hub"],
+    ["trust"],
     ["diffusion"],
     ["conditioning"],
     ["nn"],

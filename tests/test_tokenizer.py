@@ -270,7 +270,7 @@ def test_what_does_not_belong_together(tokenizer, prior):
 
 def test_a_prior_over_the_codes_of_a_run(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior_model.width=33", "run_dir=unused"]
+    ask = ["experiment=prior", f"tokenizer={tmp_path}", "prior_model.width=33", "num_classes=10"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", ask)
     lit = instantiate(cfg.lit, _convert_="all")

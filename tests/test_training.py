@@ -14,7 +14,7 @@ from rolldiff.data import Digits
 from rolldiff.errors import UsageError
 from rolldiff.hub import read_checkpoint
 from rolldiff.tokenizer import Encoder, Prior, Tokenizer
-from rolldiff.training import LitDecoder, LitPrior, LitTokenizer, SampleGrid, TimeLimit, train
+from rolldiff.training import Clock, LitDecoder, LitPrior, LitTokenizer, SampleGrid, train
 
 QUIET = {
     "accelerator": "cpu",
@@ -174,7 +174,7 @@ def test_samples_need_a_decoder(tokenizer, tmp_path):
 @pytest.mark.parametrize("limit", ["5", "00:00:00", "00:00:00:-1", "one hour"])
 def test_bad_time_limits(limit, tmp_path):
     with pytest.raises(UsageError, match="time_limit must be a time DD:HH:MM:SS"):
-        TimeLimit(limit, tmp_path / "last.ckpt")
+        Clock(limit, tmp_path / "last.ckpt")
 
 
 @pytest.mark.slow

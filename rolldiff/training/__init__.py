@@ -1,6 +1,7 @@
 """Training with Lightning: modules, callbacks, and a run from a configuration to a folder."""
 
-from rolldiff.training.callbacks import ProgressLines, SampleGrid, TimeLimit
+from rolldiff.training.callbacks import AveragedWeights, Clock, ProgressLines, SampleGrid
+from rolldiff.training.log import CSVLog
 from rolldiff.training.module import (
     LitDecoder,
     LitModel,
@@ -11,6 +12,9 @@ from rolldiff.training.module import (
 from rolldiff.training.run import Summary, train
 
 __all__ = [
+    "AveragedWeights",
+    "CSVLog",
+    "Clock",
     "LitDecoder",
     "LitModel",
     "LitPrior",
@@ -18,7 +22,6 @@ __all__ = [
     "ProgressLines",
     "SampleGrid",
     "Summary",
-    "TimeLimit",
     "images_per_batch",
     "train",
 ]

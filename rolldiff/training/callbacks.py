@@ -1,22 +1,31 @@
-"""Callbacks of a training: sample images, a time limit, progress."""
+"""Callbacks of a training: averaged weights, sample images, the clock, progress."""
 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ProgressBar,
+    TQDMProgressBar,
+)
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.images import labelled_rows
+from rolldiff.files import written_whole
 from rolldiff.progress import ProgressLog
-from rolldiff.training.module import LitDecoder
+from rolldiff.signals import Interrupted, handled
+from rolldiff.training.module import LitDecoder, images_per_batch
 
-__all__ = ["ProgressLines", "SampleGrid", "TimeLimit", "progress_bar"]
+__all__ = ["AveragedWeights", "Clock", "ProgressLines", "SampleGrid", "progress_bar"]
 
 
 class SampleGrid(Callback):
@@ -39,7 +48,7 @@ class SampleGrid(Callback):
         self.folder = Path(folder)
         self.num_groups = tuple(num_groups)
         self.steps = steps
-        self.count = count
+        self.count = whole_number(count, "callbacks.samples.count")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, LitDecoder):
@@ -61,24 +70,60 @@ class SampleGrid(Callback):
             for groups in self.num_groups
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        labelled_rows(page).save(self.folder / f"step-{trainer.global_step:06d}.png")
+        with written_whole(self.folder / f"step-{trainer.global_step:06d}.png") as part:
+            labelled_rows(page).save(part)
 
 
-class TimeLimit(Callback):
-    """Measures the time of a training across resumptions, and stops it after a limit to be resumed.
+class AveragedWeights(EMAWeightAveraging):
+    """An exponential moving average of the weights, which follows them until averaging starts.
 
-    Lightning's `max_time` ends a training: it counts the time before a resumption too, and at the
-    end of `fit` the averaged weights replace the trained ones. This callback limits the time since
-    the start or the last resumption, and saves a checkpoint with both sets of weights before
-    `fit` ends. It must come after the averaging callback, so that the checkpoint holds the average
-    of this step.
+    Lightning's average stays at the initial weights until then, and a training that ends earlier
+    would save those.
 
     Args:
-        limit: `DD:HH:MM:SS`, or None for no limit.
+        decay: of the average, in [0, 1).
+        start: the first optimizer step that is averaged.
+
+    Raises:
+        UsageError: if an argument is out of range.
+    """
+
+    def __init__(self, *, decay: float = 0.999, start: int = 0) -> None:
+        decay = finite_number(decay, "callbacks.ema.decay", minimum=0, maximum=1)
+        start = whole_number(start, "callbacks.ema.start", minimum=0)
+        super().__init__(decay=decay, update_starting_at_step=start)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if self._latest_update_step == 0 and self._average_model is not None:
+            current = chain(pl_module.parameters(), pl_module.buffers())
+            module = self._average_model.module
+            average = chain(module.parameters(), module.buffers())
+            for mean, value in zip(average, current, strict=True):
+                mean.data.copy_(value.data)
+
+
+class Clock(Callback):
+    """Counts the time and the images of a training, and stops it so that it can be resumed.
+
+    It stops after a time limit, and when the process is asked to end (Ctrl-C, SIGTERM): after the
+    current batch, with a checkpoint of both the trained and the averaged weights. It must come
+    after the averaging callback, so that the checkpoint holds the average of this step.
+
+    Lightning's `max_time` ends a training instead: it counts the time before a resumption too, and
+    at the end of `fit` the averaged weights replace the trained ones.
+
+    Args:
+        limit: `DD:HH:MM:SS` since the start or the last resumption, or None for no limit.
         checkpoint: where the checkpoint is saved.
 
     Attributes:
-        reached: whether the limit has stopped the training before its last step.
+        images_seen: training examples, with repetition, of all processes and all pieces.
+        finished: whether the training has come to its end.
+        stopped: whether it was stopped before its last step.
+        signal: the signal that stopped it, if there was one.
 
     Raises:
         UsageError: if the limit is not of this form.
@@ -88,9 +133,13 @@ class TimeLimit(Callback):
         super().__init__()
         self.limit = None if limit is None else _parse_duration(limit)
         self.checkpoint = checkpoint
-        self.reached = False
+        self.images_seen = 0
+        self.finished = False
+        self.stopped = False
+        self.signal: int | None = None
         self._seconds_before = 0.0
         self._start: float | None = None
+        self._signals = ExitStack()
 
     @property
     def seconds(self) -> float:
@@ -101,22 +150,49 @@ class TimeLimit(Callback):
     def _seconds_since_start(self) -> float:
         return 0.0 if self._start is None else time.perf_counter() - self._start
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Here and not earlier, because Lightning installs handlers of its own before.
+        self._signals.enter_context(handled(self._request))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.close()
+
+    def on_exception(self, *_: object) -> None:
+        self._signals.close()
+
+    def _request(self, signum: int, frame: object) -> None:
+        if self.signal is not None:  # asked twice: at once
+            raise Interrupted(signum)
+        self.signal = signum
+
     def on_train_batch_start(self, *_: object) -> None:
         if self._start is None:
             self._start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: object
+    ) -> None:
+        self.images_seen += images_per_batch(batch) * trainer.world_size
         over = self.limit is not None and self._seconds_since_start > self.limit.total_seconds()
-        if over and not self.reached and trainer.global_step < trainer.max_steps:
-            self.reached = True
+        asked = over or self.signal is not None
+        if trainer.world_size > 1:  # all processes stop after the same batch
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if asked and not self.stopped and not last:
+            self.stopped = True
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             trainer.should_stop = True
 
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "images_seen": self.images_seen,
+            "finished": self.finished,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
+        self.images_seen = state_dict["images_seen"]
 
 
 def _parse_duration(text: str) -> timedelta:

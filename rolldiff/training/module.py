@@ -1,7 +1,7 @@
 """`LitModel`: a decoder, a tokenizer or a prior under Lightning's trainer.
 
 The hyperparameters in a checkpoint are plain containers, so it loads with `weights_only=True`. With
-`EMAWeightAveraging` among the callbacks, its `state_dict` holds the averaged weights.
+`AveragedWeights` among the callbacks, its `state_dict` holds the averaged weights.
 `rolldiff.hub.read_checkpoint` reads the model from it.
 """
 
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, reason, whole_number
 from rolldiff.hub import Pretrained
 from rolldiff.tokenizer import Prior, Tokenizer
 
@@ -69,18 +69,19 @@ class LitModel(L.LightningModule, ABC):
             raise UsageError(f"model must be a {self.kind.__name__}, got a {type(model).__name__}")
         if decay not in ("constant", "cosine"):
             raise UsageError(f"decay must be constant or cosine, got {decay!r}")
-        if warmup_steps < 0:
-            raise UsageError(f"warmup_steps must be 0 or more, got {warmup_steps}")
+        warmup_steps = whole_number(warmup_steps, "warmup_steps", minimum=0)
         # Lightning's throughput monitor would divide by peak rates that nobody has measured.
         self.flops_per_batch = None
+        # Not to the loggers, which get the whole configuration.
         self.save_hyperparameters(
-            {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay}
+            {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay},
+            logger=False,
         )
         self.model = model
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.decay = decay
-        self.seed = seed
+        self.seed = whole_number(seed, "seed", minimum=0)
 
     @abstractmethod
     def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
@@ -111,10 +112,36 @@ class LitModel(L.LightningModule, ABC):
         self.log("val_loss", self.loss(batch, generator), batch_size=images_per_batch(batch))
 
     def configure_optimizers(self) -> Any:
-        optimizer = (self.optimizer or AdamW)(self.parameters())
+        try:
+            optimizer = (self.optimizer or AdamW)(self.parameters())
+        except (TypeError, ValueError, RuntimeError) as error:  # an argument, or no fused kernel
+            raise UsageError(f"optimizer must be one that fits: {reason(error)}") from error
+        clipped = self.trainer.gradient_clip_val
+        if clipped and _is_fused(optimizer) and self.trainer.precision == "16-mixed":
+            raise UsageError(
+                "optimizer.fused must be false with trainer.precision=16-mixed and gradient "
+                "clipping, because a fused optimizer rescales the gradients by itself, got true"
+            )
         # A lambda, because LambdaLR would save a bound method, and with it the whole module.
         schedule = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimizer under mixed precision, because that
+        # optimizer undoes the scaling of the gradients by itself. In bfloat16 nothing is scaled.
+        if not (_is_fused(optimizer) and self.trainer.precision == "bf16-mixed"):
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
 
     def learning_rate_factor(self, step: int) -> float:
         """The learning rate at a step, as a fraction of the optimizer's."""
@@ -135,9 +162,17 @@ class LitModel(L.LightningModule, ABC):
     def _batch_generator(self) -> torch.Generator:
         """A generator that depends on the seed, the number of the batch and the process."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        entropy = (self.seed, batches, self.global_rank)
-        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        # A larger seed would be split into words, and collide with a small one at another batch.
+        if self.seed < 2**32:
+            sequence = np.random.SeedSequence((self.seed, batches, self.global_rank))
+        else:
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(batches, self.global_rank))
+        state = sequence.generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 class LitDecoder(LitModel):
