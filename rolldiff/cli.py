@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         if any(override.startswith("-") for override in overrides):
             _run_by_hydra(command, overrides)
             return
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose(command, overrides)
-        COMMANDS[command](cfg)
+        COMMANDS[command](_composed(command, overrides))
 
 
 def config_dir() -> Path:
@@ -90,6 +88,16 @@ def config_dir() -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"the folder conf must be inside {package} or beside it, and is missing")
+
+
+def _composed(command: str, overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            return compose(command, overrides)
+        except ValueError as error:  # such as logger=null
+            raise UsageError(
+                f"settings must be a choice of a group or ~GROUP for none: {error}"
+            ) from error
 
 
 def train(cfg: DictConfig) -> float | None:

@@ -103,9 +103,13 @@ def read_run_config(path: Path, *, trust: object = None) -> dict[str, Any]:
         raise UsageError(f"{path} must be a readable YAML file: {reason(error)}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} must hold a dictionary, got a {type(config).__name__}")
-    for place, value in _values(config, ()):
-        if fault := _fault(place, value, prefixes):
-            raise UsageError(f"{path}: {'.'.join(map(str, place))} {fault}")
+    try:
+        faults = ((place, _fault(place, value, prefixes)) for place, value in _values(config, ()))
+        place, fault = next(((p, f) for p, f in faults if f), ((), None))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    if fault:
+        raise UsageError(f"{path}: {'.'.join(map(str, place))} {fault}")
     return _located(config, str(path.parent).replace("${", "\\${"))
 
 
@@ -154,6 +158,8 @@ def _values(config: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ..
         raise UsageError(f"a configuration must be nested {MAX_DEPTH} deep at most")
     items: Any = ()
     if isinstance(config, dict):
+        if not all(isinstance(key, str) for key in config):
+            raise UsageError(f"keys of a configuration must be texts, got {list(config)}")
         items = config.items()
     elif isinstance(config, list):
         items = enumerate(config)
@@ -164,9 +170,7 @@ def _values(config: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ..
 def _fault(place: tuple[Any, ...], value: Any, prefixes: tuple[str, ...]) -> str | None:
     """Why a value is refused, as the end of a sentence."""
     key = next((k for k in reversed(place) if isinstance(k, str)), "")
-    if place and not isinstance(place[-1], str | int):
-        return "must be named by a text"
-    if isinstance(key, str) and key.startswith("_") and key.endswith("_") and key not in HYDRA:
+    if key.startswith("_") and key.endswith("_") and key not in HYDRA:
         return f"must be plain data, got {key}"
     if key == "_target_":
         return _target_fault(value, prefixes)

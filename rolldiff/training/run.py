@@ -328,10 +328,12 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     report.validate(lit.model)
     if cfg.compile:
         lit.compile_model()
-    callbacks = [_instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    parts = cfg.get("callbacks") or {}
+    callbacks = [_instantiate(callback) for callback in parts.values() if callback]
     clock = Clock(cfg.time_limit, folder / LAST)
     callbacks.append(clock)
-    options: dict[str, Any] = {"logger": _instantiate(cfg.logger) if cfg.logger else False}
+    logger = cfg.get("logger")  # ~logger leaves it out
+    options: dict[str, Any] = {"logger": _instantiate(logger) if logger else False}
     if cfg.progress:
         callbacks.append(progress_bar())
     else:
@@ -406,11 +408,15 @@ def _made_folder(cfg: DictConfig) -> tuple[Path, list[Path]]:
             if cfg.run_dir is None:
                 continue
             raise UsageError(f"run_dir must be a new or an empty folder, got {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(exist_ok=cfg.run_dir is not None)
-        except FileExistsError:
-            continue
+        except OSError as error:
+            if cfg.run_dir is None and folder.exists():  # another job was faster
+                continue
+            raise UsageError(
+                f"run_dir must be a folder that can be made, got {folder}: {error.strerror}"
+            ) from error
         cfg.run_dir = _escaped(folder)
         cfg.run_id = cfg.run_id or secrets.token_hex(4)
         return folder, missing
