@@ -12,7 +12,7 @@ import rolldiff
 from rolldiff import Decoder
 
 LEVELS = [
-    ["errors", "progress"],
+    ["errors", "progress", "shell"],
     ["files"],
     ["device", "hub"],
     ["diffusion"],
