@@ -25,7 +25,7 @@ def test_pictures_of_few_images(make, tmp_path):
         ({"num_groups": [1, 17]}, "in 1 … 16"),
         ({"num_groups": []}, "num_groups must hold at least one value"),
         ({"steps": 0}, "steps must be"),
-        ({"samples": 3}, "samples must be 4 or more"),
+        ({"samples": 3}, "samples must be a whole number of 4 or more"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_refused(make, wrong, words):

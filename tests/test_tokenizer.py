@@ -233,7 +233,7 @@ def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
         ({"num_groups": 17}, "in 1 … 16"),
         ({"overlap": 1.5}, "overlap must be"),
         ({"steps": 0}, "steps must be"),
-        ({"samples": 3}, "samples must be 4"),
+        ({"samples": 3}, "samples must be a whole number of 4"),
     ):
         with pytest.raises(ValueError, match=words):
             PriorReport(tokenizer=tokenizer, **wrong).validate(prior)
