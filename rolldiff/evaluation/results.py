@@ -75,15 +75,24 @@ class Results:
         first: dict[str, int] = {}
         for number, line in enumerate(lines, start=1):
             try:
-                record = _checked(_parse(line), layout=layout, solvers=solvers)
-                settings = json.dumps([record[name] for name in SETTINGS])
-                if settings in first:
-                    raise UsageError(
-                        "a configuration must have one line, got another of the same in line "
-                        f"{first[settings]}"
-                    )
+                record = _items(_parse(line), "a line")
+                comparable = _plain(record.get("method")) == _plain(METHOD)
+                if comparable:
+                    record = _checked(record, layout=layout, solvers=solvers)
+                    settings = json.dumps([record[name] for name in SETTINGS])
+                    if settings in first:
+                        raise UsageError(
+                            "a configuration must have one line, got another of the same in line "
+                            f"{first[settings]}"
+                        )
             except (ValueError, RecursionError) as error:
                 raise self._refusal(number, error) from error
+            if not comparable:
+                raise UsageError(
+                    "run_dir must be empty or hold results of this version of rolldiff (method "
+                    f"{METHOD}), got method {record.get('method')!r:.100} in line {number} of "
+                    f"{path}, which is not comparable; say run_dir=FOLDER"
+                )
             first[settings] = number
             self.records.append(record)
 
@@ -293,13 +302,8 @@ FIELDS: dict[str, Check] = {
 }
 
 
-def _checked(record: Any, *, layout: Layout, solvers: Mapping[str, Solver]) -> Record:
-    """A record, if it is one of this version and of this layout."""
-    if _items(record, "a line").get("method") != METHOD:
-        raise UsageError(
-            f"method must be {METHOD}, got {record.get('method')!r:.100}, for results of another "
-            "version of rolldiff are not comparable; say run_dir=FOLDER for new ones"
-        )
+def _checked(record: Record, *, layout: Layout, solvers: Mapping[str, Solver]) -> Record:
+    """A record whose values are of the types and in the ranges that `bench` writes."""
     for name, check in FIELDS.items():
         if name not in record:
             raise UsageError(f"{name} must be given, got a line without it")
