@@ -9,23 +9,41 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+from safetensors import safe_open
 
-from rolldiff import AdamsBashforth2, DecodeConfig, Decoder, Euler, Heun, Midpoint, Training
+from rolldiff import (
+    AdamsBashforth2,
+    DecodeConfig,
+    Decoder,
+    Euler,
+    Heun,
+    Midpoint,
+    Patches,
+    Training,
+)
 from rolldiff.cli import config_dir
+from rolldiff.decoder import Cost, DecodeOutput
 from rolldiff.errors import UsageError
-from rolldiff.evaluation.measure import Processes, expected_cost
+from rolldiff.evaluation import report
+from rolldiff.evaluation.features import Pixels
+from rolldiff.evaluation.images import save_images
+from rolldiff.evaluation.measure import Evaluator, Processes, _Batch, expected_cost
 from rolldiff.evaluation.report import config_label, pareto_front
-from rolldiff.evaluation.sweep import SETTINGS, Results, Timings, bench, grid, match_cost
+from rolldiff.evaluation.results import SETTINGS, Results, Timings
+from rolldiff.evaluation.sweep import bench, grid, match_cost
+from rolldiff.files import locked
 
 ASK = {
     "num_groups": [1, 4],
@@ -302,25 +320,477 @@ def test_the_expected_cost_is_the_measured_cost(make, solver, causal, cache):
     agree()
 
 
+@pytest.fixture
+def nothing_is_decoded(monkeypatch):
+    monkeypatch.setattr(Decoder, "decode", lambda *_, **__: pytest.fail("something was decoded"))
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("bench.features=[colour]", "bench.features must be among"),
         ("bench.features=[resnet56_cifar10]", "path"),
+        ("bench.features=[]", "bench.features must hold at least one value, got none"),
+        ("bench.features=[1]", "bench.features must be among"),
+        ("bench.features=null", "bench.features must be among"),
         ("bench.solver=[leap]", "bench.solver must be among"),
-        ("bench.samples=1", "bench.samples"),
-        ("bench.seeds=[1,1]", "bench.seeds"),
-        ("bench.match=money", "bench.match"),
+        ("bench.solver=../solver/euler", "bench.solver must be among"),
+        ("bench.solver=[]", "bench.solver must hold"),
+        ("bench.samples=1", "bench.samples must be a whole number of 4"),
+        ("bench.samples=nan", "bench.samples must be a whole number"),
+        ("bench.samples=1e2", "bench.samples must be a whole number"),
+        ("bench.pairs=1", "bench.pairs must be a whole number of 4"),
+        ("bench.pairs=null", "bench.pairs"),
+        ("bench.batch_size=true", "bench.batch_size"),
+        ("bench.seeds=[1,1]", "bench.seeds must be different"),
+        ("bench.seeds=[1.5]", "bench.seeds"),
+        ("bench.seeds=[-1]", "bench.seeds"),
+        ("bench.seeds=[]", "bench.seeds must hold"),
+        ("bench.match=money", "bench.match must be among nfe, tokens, seconds"),
+        ("bench.match=[]", "bench.match"),
+        ("bench.num_groups=[17]", r"bench.num_groups must be a whole number in 1 … 16"),
+        ("bench.num_groups=[]", "bench.num_groups must hold"),
+        ("bench.steps=[4,nan]", "bench.steps"),
+        ("bench.steps=0", "bench.steps"),
+        ("bench.steps=[{a:1}]", "bench.steps"),
+        ("bench.joint_steps=[x]", "bench.joint_steps"),
+        ("bench.overlap=2", r"bench.overlap must be a number in \[0, 1\], got 2"),
+        ("bench.overlap=[0,x]", "bench.overlap"),
+        ("bench.guidance=nan", "bench.guidance must be a finite number, got nan"),
+        ("bench.order=diagonal", "bench.order must be one of .*, got 'diagonal'"),
+        ("bench.order=[cells:0]", "bench.order 'cells' takes a whole number"),
+        ("bench.order='random:²'", "bench.order 'random' takes a whole number"),
+        ("bench.order=3", "bench.order must be a permutation"),
+        ("bench.order=[[0,1]]", "bench.order must be a permutation"),
+        ("bench.order=[[a,b]]", "bench.order must be a whole number"),
+        ("bench=null", "bench must be a group of settings"),
+        ("features=3", "features must be a group of settings"),
+        ("features.pixels=3", "features.pixels must have a _target_"),
+        ("features.pixels._target_=builtins.str", "features.pixels must make a module"),
+        ("progress=maybe", "progress must be true or false"),
+        ("run_dir=''", "run_dir must be a folder"),
         ("data=folder", "image_size|path"),
         ("ckpt=null", "ckpt"),
     ],
 )
 def test_bad_settings(run, tmp_path, override, words):
     with pytest.raises(Exception, match=words) as caught:
-        bench(ask(run, tmp_path / "new", override), conf=config_dir())
-    error = caught.value.__cause__ or caught.value
-    assert isinstance(error, UsageError | MissingMandatoryValue)
+        bench(ask(run, tmp_path / "new" / "er", override), conf=config_dir())
+    error = caught.value.__cause__ if type(caught.value).__name__ == "InstantiationException" else 0
+    assert isinstance(error or caught.value, UsageError | MissingMandatoryValue)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_value_stands_for_a_list_of_it(run, tmp_path):
+    settings = ["num_groups=2", "overlap=0.5", "steps=3", "order=top_to_bottom", "solver=heun"]
+    settings += ["seeds=1", "features=pixels"]
+    bench(ask(run, tmp_path, *(f"bench.{setting}" for setting in settings)), conf=config_dir())
+    (line,) = map(json.loads, lines(tmp_path))
+    assert [line[name] for name in SETTINGS] == [2, 0.5, 3, "top_to_bottom", "heun", 0.0]
+    assert (line["seeds"], list(line["extractors"])) == ([1], ["pixels"])
+
+
+@pytest.mark.filterwarnings("ignore:decoding beyond what this checkpoint was trained for")
+def test_an_order_may_be_a_permutation(run, tmp_path):
+    order = [*range(16)]
+    short = ("bench.num_groups=[2]", "bench.steps=[1]", "bench.overlap=[0]")
+    for _ in range(2):
+        bench(ask(run, tmp_path, *short, f"bench.order={order}"), conf=config_dir())
+    (line,) = map(json.loads, lines(tmp_path))
+    assert line["order"] == order
+    (picture,) = re.findall(
+        r"cost-permutation_[0-9a-f]{6}\.png", (tmp_path / "report.md").read_text()
+    )
+    assert (tmp_path / picture).is_file()
+
+
+def sorted_evaluator(**others):
+    """A set whose images come class by class, as a folder gives them."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(2).repeat_interleave(150)
+    noise = torch.randn(300, 1, 8, 8, generator=generator)
+    image = (label * 1.0 - 0.5)[:, None, None, None] + 0.1 * noise
+    decoder = Decoder.build(image_size=8, channels=1, patch=2, width=16, depth=1, num_classes=2)
+    settings = {
+        "decoder": decoder,
+        "image": image,
+        "label": label,
+        "extractors": {"pixels": Pixels()},
+        "features": {"pixels": image.flatten(1)},
+        "samples": 300,
+        "seeds": [0],
+        "batch_size": 300,
+        "pairs": 150,
+        "dtype": None,
+        "processes": Processes(),
+    }
+    return Evaluator(**settings | others)
+
+
+@pytest.mark.parametrize("pairs", [2000, 150])
+def test_metrics_of_a_part_of_sorted_images_are_those_of_a_random_part(pairs):
+    """Samples that are the images themselves, shuffled, are as good as the data."""
+    evaluator = sorted_evaluator(pairs=pairs)
+    samples = evaluator.image[torch.randperm(300, generator=torch.Generator().manual_seed(1))]
+    batch = _Batch(samples, {"pixels": samples.flatten(1)}, 1, 1, 0.0, 0.0)
+    found = evaluator._metrics(DecodeConfig(steps=1), [batch])
+    assert abs(found["kd_pixels"]) < 0.01  # 0.5 between the two classes
+    assert found["precision_pixels"] > 0.7  # at most 0.5 of one class against two
+    assert found["recall_pixels"] > 0.7
+    assert max(found["by_band"]) < 0.5  # 16 between the two classes
+
+
+def test_fewer_samples_than_sorted_images_are_of_all_classes(monkeypatch):
+    labels = []
+    output = DecodeOutput(torch.zeros(0, 1, 8, 8), Cost(1, 1, 1.0, 1.0, True), 0.0)
+    monkeypatch.setattr(
+        Decoder, "decode", lambda _, cond, *__, **___: labels.extend(cond.tolist()) or output
+    )
+    evaluator = sorted_evaluator(samples=100)
+    evaluator.decode(DecodeConfig(steps=1), seed=0, count=100)
+    assert 30 < sum(labels) < 70
+    # Sample i has the same label in any batch, and those of all images are those of the set.
+    for start in range(0, 100, 25):
+        evaluator.decode(DecodeConfig(steps=1), seed=1, start_index=start, count=25)
+    assert labels[:100] == labels[100:]
+    labels.clear()
+    evaluator.decode(DecodeConfig(steps=1), seed=0, count=600)
+    assert sum(labels[:300]) == 150
+    assert labels[:300] == labels[300:]
+
+
+@cache
+def solvers():
+    leaves = (config_dir() / "solver").glob("*.yaml")
+    return {leaf.stem: instantiate(OmegaConf.load(leaf)) for leaf in leaves}
+
+
+def read(path, same=None):
+    results = Results(path, layout=Patches(8, channels=1, patch=2), solvers=solvers())
+    results.require(same or {}, metrics=["fd_pixels", "kd_pixels", "precision_pixels", "by_band"])
+    return results
+
+
+def damaged(whole, folder, change, count=6):
+    """The first results of a bench, with a change of the second line."""
+    found = (whole / "results.jsonl").read_bytes().splitlines(keepends=True)[:count]
+    found[1] = change(found[1])
+    (folder / "results.jsonl").write_bytes(b"".join(found))
+    return folder / "results.jsonl"
+
+
+def with_value(*keys, value):
+    def change(line):
+        record = json.loads(line)
+        inner = record
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return json.dumps(record).encode() + b"\n"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: b"[]\n",
+        lambda line: b"\n",
+        lambda line: b"hello\n",
+        lambda line: line[:100] + b"\n",
+        lambda line: line[:100] + line,
+        lambda line: line.replace(b"pixels", b"p\xffxels"),
+        lambda line: b"[" * 10**5 + b"]" * 10**5 + b"\n",
+        lambda line: line.replace(b'"nfe": ', b'"nfe": 1, "nfe": '),
+        lambda line: line.replace(b'"tokens": ', b'"tokens": ' + 5000 * b"1"),
+        lambda line: line.replace(b'"seconds": ', b'"seconds": 1e999, "s": '),
+        lambda line: line * 2,
+        lambda line: line + with_value("nfe", value=3)(line),
+        with_value("num_groups", value=17),
+        with_value("overlap", value=1.5),
+        with_value("order", value="diagonal"),
+        with_value("order", value=[0, 1]),
+        with_value("solver", value="leap"),
+        with_value("metrics", "fd_pixels", value={}),
+        with_value("metrics", "fd_pixels", "mean", value=0.25),
+        with_value("metrics", "fd_pixels", "std", value=None),
+        with_value("metrics", "fd_pixels", "values", value=[1.0]),
+        with_value("metrics", "by_band", "values", value=[[1.0], [1.0, 2.0]]),
+        with_value("metrics", value={}),
+        with_value("device", value="a\nb \ud800"),
+        with_value("versions", value={}),
+    ],
+)
+def test_a_damaged_line_is_named(whole, tmp_path, change):
+    path = damaged(whole, tmp_path, change)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=f"^line [23] of {path} is damaged: ") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def without(key):
+    def change(line):
+        record = json.loads(line)
+        del record[key]
+        return json.dumps(record).encode() + b"\n"
+
+    return change
+
+
+WRONG = [None, True, "", "x\ny", [], {}, [[]], -1, 0.5, math.nan, math.inf, 10**400, "1", [1.5]]
+
+
+def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
+    """Every key of a line with values that it cannot have."""
+    record = json.loads(lines(whole)[1])
+    change = partial(damaged, whole, tmp_path, count=2)
+    fine = {("match", None), ("match", "1"), ("commit", None), ("commit", "1"), ("overlap", 0.5)}
+    fine |= {(key, 0.5) for key in ("guidance", "seconds", "seconds_to_first_group")}
+    fine |= {("guidance", -1)}
+    fine |= {(key, text) for key in record for text in ("", "1") if isinstance(record[key], str)}
+    fine -= {(key, text) for key in ("order", "solver") for text in ("", "1")}
+    fine |= {("match", ""), ("commit", "")}
+    refused = 0
+    for key in record:
+        for value in WRONG:
+            if not isinstance(value, list | dict) and (key, value) in fine:
+                continue
+            if (key, value) == ("extractors", {}):
+                continue
+            path = change(with_value(key, value=value))
+            with pytest.raises(UsageError, match=f"line 2 of {path}"):
+                read(path)
+            refused += 1
+        path = change(without(key))
+        words = "method None" if key == "method" else f"is damaged: {key} must be given"
+        with pytest.raises(UsageError, match=words):
+            read(path)
+    assert refused > 300
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_damaged_results_are_refused_before_anything_is_measured(run, whole, tmp_path):
+    path = damaged(whole, tmp_path, lambda line: b"[]\n")
+    with pytest.raises(UsageError, match=f"line 2 of {path}"):
+        bench(ask(run, tmp_path, "bench.steps=[2,4,5]"), conf=config_dir())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UsageError, match="run_dir must be a folder that can be written"):
+        bench(ask(run, tmp_path), conf=config_dir())
+
+
+def test_results_of_an_older_version_are_refused_with_what_to_do(run, whole, tmp_path):
+    old = (line.replace('"method": 2, ', "") for line in lines(whole))
+    (tmp_path / "results.jsonl").write_text("".join(f"{line}\n" for line in old))
+    with pytest.raises(UsageError, match="of this version.*line 1.*say run_dir=FOLDER"):
+        bench(ask(run, tmp_path), conf=config_dir())
+
+
+def test_a_line_that_is_not_equal_by_type_is_not_the_same(whole):
+    assert len(read(whole / "results.jsonl", {"samples": 50}).records) == 6
+    for other in (50.0, "50", True):
+        with pytest.raises(UsageError, match="run_dir must be empty or hold results of the same"):
+            read(whole / "results.jsonl", {"samples": other})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"a": 1}',
+        '{"a": [1]}',
+        '{"a": [1, NaN]}',
+        '{"a": [1, 0]}',
+        '{"a": [-1, 1]}',
+        '{"a": [true, 1]}',
+        '{"a": [1, 1], "a": [1, 1]}',
+        '{"a": ["1", 1]}',
+        "[" * 10**5,
+    ],
+)
+def test_damaged_timings_are_named(tmp_path, text):
+    path = tmp_path / "timings.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"^{path} is damaged: .*remove the file"):
+        Timings(path, measure=lambda config: pytest.fail("measured"))
+    path.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=f"^{path} is damaged"):
+        Timings(path, measure=lambda config: pytest.fail("measured"))
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_a_folder_belongs_to_one_bench(run, tmp_path):
+    with locked(tmp_path), pytest.raises(UsageError, match="run_dir must be a folder that no othe"):
+        bench(ask(run, tmp_path), conf=config_dir())
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_decoded(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="run_dir must be a folder that can be written"):
+        bench(ask(run, tmp_path / "file" / "new"), conf=config_dir())
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+@pytest.mark.parametrize("name", ["results.jsonl", "timings.json", "report.md", ".lock", "bench"])
+def test_nothing_is_written_through_links(run, tmp_path, name):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in run.iterdir():
+        if file.is_file():
+            (theirs / file.name).write_bytes(file.read_bytes())
+    target = tmp_path / "target"
+    if name == "bench":
+        target.mkdir()
+        (theirs / "bench").symlink_to(target)
+    else:
+        target.touch()
+        (theirs / "bench").mkdir()
+        (theirs / "bench" / name).symlink_to(target)
+    with pytest.raises(UsageError, match="through a link.*run_dir=FOLDER"):
+        bench(ask(theirs, "null"), conf=config_dir())
+    assert not target.is_dir() or not list(target.iterdir())
+    assert target.is_dir() or not target.read_bytes()
+
+
+def test_an_interrupted_bench_leaves_whole_files_and_goes_on(run, whole, tmp_path, monkeypatch):
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    measure = Evaluator.measure
+    with monkeypatch.context() as patch:  # in the third configuration
+        patch.setattr(
+            Evaluator,
+            "measure",
+            lambda self, config: (
+                interrupt() if len(lines(tmp_path)) == 2 else measure(self, config)
+            ),
+        )
+        (tmp_path / "results.jsonl").touch()
+        with pytest.raises(KeyboardInterrupt):
+            bench(ask(run, tmp_path), conf=config_dir())
+    assert set(files()) == {"results.jsonl", ".lock"}
+    assert len(lines(tmp_path)) == 2
+    with monkeypatch.context() as patch:  # while a line is written
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench(ask(run, tmp_path), conf=config_dir())
+    bench(ask(run, tmp_path), conf=config_dir())
+    assert numbers(tmp_path) == numbers(whole)
+    before = files()
+    assert b"steps" in before["report.md"]
+    short = ask(run, tmp_path, "bench.steps=[2,3,4]", "bench.num_groups=[1]")
+    for name in ("plot_costs", "plot_matrices", "labelled_rows", "write_text"):
+        with monkeypatch.context() as patch:  # in the report
+            patch.setattr(report, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                bench(short, conf=config_dir())
+        assert files()["report.md"] == before["report.md"]
+        assert set(files()) == set(before)
+    bench(short, conf=config_dir())
+    assert "1 group, 3 steps" in (tmp_path / "report.md").read_text()
+
+
+def test_what_is_left_of_a_line_is_removed_by_the_next(whole, tmp_path):
+    path = damaged(whole, tmp_path, lambda line: line)
+    sound = path.read_bytes()
+    path.write_bytes(sound + sound[:50])
+    results = read(path)
+    assert path.read_bytes() == sound + sound[:50], "reading writes nothing"
+    config = DecodeConfig(num_groups=4, steps=3)
+    rest = {key: value for key, value in results.records[0].items() if key not in SETTINGS}
+    results.append(config, rest)
+    assert path.read_bytes().startswith(sound + b'{"num_groups": 4')
+    assert len(read(path).records) == 7
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.append(config, rest | {"seconds": math.nan})
+    assert len(read(path).records) == 7
+
+
+def photos(folder, count=12):
+    """Images of one class, as a folder without subfolders gives them."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    save_images([torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1], folder)
+    data = ["data=folder", f"data.path={folder}", "data.image_size=8", "data.channels=1"]
+    return [*data, "bench.num_groups=1", "bench.steps=1", "bench.samples=8"]
+
+
+def test_a_classifier_of_one_class_does_not_lead_a_report(run, tmp_path):
+    data = photos(tmp_path / "photos")
+    with pytest.warns(UserWarning, match="leaves out classifier.*two classes"):
+        bench(
+            ask(run, tmp_path / "new", *data, "bench.features=[classifier,pixels]"),
+            conf=config_dir(),
+        )
+    (line,) = map(json.loads, lines(tmp_path / "new"))
+    assert list(line["extractors"]) == ["pixels"]
+    page = (tmp_path / "new" / "report.md").read_text()
+    assert "Pareto front of `fd_pixels`" in page
+    assert "`fd_pixels` has 64 features and 8 images" in page
+    with pytest.raises(UsageError, match="bench.features must hold another than classifier"):
+        bench(ask(run, tmp_path / "newer", *data, "bench.features=classifier"), conf=config_dir())
+    assert not (tmp_path / "newer").exists()
+
+
+def test_the_report_says_how_good_its_classifier_is(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    short = ["bench.features=classifier", "+features.classifier.steps=5", "bench.steps=1"]
+    bench(ask(run, tmp_path / "new", *short, "bench.num_groups=1"), conf=config_dir())
+    (path,) = (tmp_path / "cache" / "rolldiff").iterdir()
+    with safe_open(path, framework="pt") as file:
+        accuracy = float(file.metadata()["accuracy"])
+    page = (tmp_path / "new" / "report.md").read_text()
+    assert f"The classifier is right on {accuracy:.1%} of the images" in page
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_data_that_do_not_fit_the_decoder(run, tmp_path):
+    few = photos(tmp_path / "photos", count=3)
+    with pytest.raises(UsageError, match="data must hold 4 images or more, got 3"):
+        bench(ask(run, tmp_path / "new", *few), conf=config_dir())
+    torch.manual_seed(0)
+    small = Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1, num_classes=3)
+    small.save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(UsageError, match="data must have labels in 0 … 2"):
+        bench(ask(tmp_path / "small", tmp_path / "new"), conf=config_dir())
     assert not (tmp_path / "new").exists()
+
+
+def test_samples_that_are_not_finite_are_no_figure(run, tmp_path):
+    decoder = Decoder.from_pretrained(run)
+    evaluator = sorted_evaluator(decoder=decoder, label=None, samples=8, batch_size=8)
+
+    class Broken(Pixels):
+        def features(self, image):
+            return image.flatten(1) * torch.nan
+
+    evaluator = replace(evaluator, extractors={"pixels": Broken()})
+    with pytest.raises(UsageError, match="features of pixels must be finite"):
+        evaluator.measure(DecodeConfig(steps=1))
+
+
+def test_seams_that_are_undefined_are_left_out(monkeypatch):
+    evaluator = sorted_evaluator(samples=8, batch_size=8, label=None)
+    flat = DecodeOutput(torch.zeros(8, 1, 8, 8), Cost(1, 1, 1.0, 1.0, True), 0.0)
+    monkeypatch.setattr(Evaluator, "decode", lambda *_, **__: flat)
+    found = evaluator.measure(DecodeConfig(steps=1, num_groups=2)).metrics
+    assert set(found) == set(evaluator.metric_names)
+
+
+def test_progress_may_be_off(run, tmp_path, capsys):
+    for _ in range(2):
+        short = ("bench.num_groups=[1]", "bench.steps=[2]", "progress=false")
+        bench(ask(run, tmp_path, *short), conf=config_dir())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_of_other_results_is_refused(run, whole):
@@ -357,12 +827,6 @@ def test_every_configuration_prints_a_line(run, tmp_path, capsys):
         assert printed[-1].startswith(f"1 group, {steps} steps: nfe {steps}, tokens {16 * steps}, ")
         assert "fd_pixels" in printed[-1]
     assert printed[0] == "1 of 2 configurations were measured earlier"
-
-
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"samples": 1}\nhello\n')
-    with pytest.raises(ValueError, match="line 2"):
-        Results(tmp_path / "results.jsonl", same={"samples": 1}, solvers={})
 
 
 def test_the_data_of_a_run_of_version_0_1_are_read(run, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rolldiff.errors import UsageError
 from rolldiff.evaluation import features
 from rolldiff.evaluation.features import (
     Classifier,
@@ -162,6 +163,30 @@ def test_as_extractor_holds_a_module_to_the_contract(wrong):
         as_extractor(module)(torch.zeros(3, 1, 4, 4))
 
 
+class Broken(nn.Module):
+    name = "broken"
+
+    def forward(self, image):
+        return image.flatten(1) / image.sum()
+
+
+def test_no_features_that_are_not_finite(resnet):
+    """The message says whether the images or the network is broken, and which network."""
+    for bad in (torch.nan, torch.inf):
+        image = torch.zeros(2, 3, 32, 32)
+        image[1, 0, 0, 0] = bad
+        for extractor in all_extractors(resnet):
+            with pytest.raises(UsageError, match=f"^image must be finite.* {extractor.name} "):
+                extractor(image)
+    image = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(UsageError, match="^features of broken must be finite"):
+        as_extractor(Broken())(image)
+    with torch.no_grad():
+        resnet.conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match="^features of resnet56_cifar10 must be finite"):
+        resnet(image)
+
+
 # The classifier
 
 
@@ -252,11 +277,14 @@ def test_what_cannot_be_trained_on(tmp_path):
         ((image[:9], label[:9]), "ten images"),
         ((image, label[:9]), "a label for each"),
         ((image, label.float()), "label must be integers"),
-        ((image, label - 1), "label must be integers from 0"),
+        ((image, label - 1), "label must be integers in 0 … 65535, got torch.int64 in -1 … 0"),
+        ((image, label * 2**40), "label must be integers in 0 … 65535"),
+        ((image, label * 0 + 3), "label must be of two classes or more, got only 3"),
+        ((image / 0, label), "image must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             train_classifier(*arguments, folder=tmp_path)
-    with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="steps must be a whole number of 1 or more, got 0"):
         train_classifier(image, label, steps=0, folder=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="folder must be one that can be made"):

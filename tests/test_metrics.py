@@ -141,7 +141,7 @@ def test_precision_and_recall_of_what_is_known():
     precision, recall = precision_recall(real, few)
     assert precision == 1
     assert recall < 0.1
-    with pytest.raises(ValueError, match="fake must have more than 3 samples, got 3"):
+    with pytest.raises(ValueError, match="fake must have 4 samples or more, got 3"):
         precision_recall(real, real[:3])
 
 
@@ -181,7 +181,63 @@ def test_bad_features_of_frechet_distance():
     with pytest.raises(ValueError, match=r"features must have shape \(B, 4\), got \(3, 5\)"):
         frechet_distance(good, torch.zeros(3, 5))
     for args, side in (((good[:1], good), "real"), ((good, good[:1]), "fake")):
-        with pytest.raises(ValueError, match=f"two {side} samples are needed at least, got 1"):
+        with pytest.raises(ValueError, match=f"{side} must have 2 samples or more, got 1"):
             frechet_distance(*args)
     with pytest.raises(ValueError, match="features must be finite, got fake ones"):
         frechet_distance(good, good.log())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_no_metric_of_features_that_are_not_finite(metric, bad):
+    good = torch.randn(9, 4)
+    broken = good.clone()
+    broken[5, 2] = bad
+    for arguments, side in (((broken, good), "real"), ((good, broken), "fake")):
+        with pytest.raises(ValueError, match=f"features must be finite, got {side}"):
+            metric(*arguments)
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 4\), got \(9, 5\)"):
+        metric(good, torch.zeros(9, 5))
+    with pytest.raises(ValueError, match="fake must have . samples or more, got 1"):
+        metric(good, good[:1])
+
+
+def test_no_metric_of_pixels_that_are_not_finite():
+    good, group = torch.rand(4, 1, 4, 4), torch.arange(4)[:, None].expand(4, 4) // 2
+    broken = good.where(good < good.max(), torch.nan)
+    for arguments in ((good, broken), (broken, good)):
+        with pytest.raises(ValueError, match="finite"):
+            seam_ratio(*arguments, group)
+        with pytest.raises(ValueError, match="finite"):
+            psnr(*arguments)
+        with pytest.raises(ValueError, match="finite"):
+            band_distances(*arguments)
+
+
+def test_features_whose_squares_are_not_finite_have_no_distance():
+    huge = 1e200 * torch.randn(9, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="features must have finite squares"):
+        frechet_distance(huge, -huge)
+
+
+def test_a_distance_is_not_below_zero():
+    """The same samples in another order: what remains is rounding, of either sign."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        real = 100 * torch.randn(30, 8, generator=generator)
+        assert 0 <= frechet_distance(real, real[torch.randperm(30, generator=generator)]) < 1e-9
+
+
+def test_a_seam_of_images_without_gradients_is_undefined():
+    real, group = torch.rand(9, 1, 4, 4), torch.arange(4)[:, None].expand(4, 4) // 2
+    assert seam_ratio(real, torch.zeros(9, 1, 4, 4), group).isnan()
+    assert seam_ratio(torch.zeros(9, 1, 4, 4), real, group).isnan()
+
+
+def test_seams_are_measured_in_parts(monkeypatch):
+    real, fake = torch.rand(2, 20, 3, 4, 4)
+    group = torch.arange(4)[:, None].expand(4, 4) // 2
+    whole = seam_ratio(real, fake, group)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    torch.testing.assert_close(seam_ratio(real, fake, group), whole)

@@ -1,7 +1,12 @@
+import json
+import shlex
+
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rolldiff.evaluation.report import DecoderReport
+from rolldiff.errors import UsageError
+from rolldiff.evaluation.report import DecoderReport, PriorReport, TokenizerReport, _chosen
 
 
 @pytest.mark.parametrize("num_groups", [[1], [16], [2, 16]])
@@ -25,10 +30,93 @@ def test_pictures_of_few_images(make, tmp_path):
         ({"num_groups": [1, 17]}, "in 1 … 16"),
         ({"num_groups": []}, "num_groups must hold at least one value"),
         ({"steps": 0}, "steps must be"),
-        ({"samples": 3}, "samples must be 4 or more"),
+        ({"samples": 3}, "samples must be a whole number of 4 or more"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_refused(make, wrong, words):
     DecoderReport(num_groups=[1, 16]).validate(make())
     with pytest.raises(ValueError, match=words):
         DecoderReport(**({"num_groups": [1]} | wrong)).validate(make())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [DecoderReport, TokenizerReport, PriorReport])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("steps", value) for value in (0, True, 1.5, float("nan"), "16", None)),
+        *(("samples", value) for value in (3, True, 1e3, float("nan"), None)),
+        *(("num_groups", value) for value in (0, True, 1.5, "4", None, [], [0], [2.0], ["4"])),
+    ],
+    ids=str,
+)
+def test_settings_are_refused_by_the_name_that_was_typed(kind, name, value):
+    others = {PriorReport: {"tokenizer": "somewhere"}}.get(kind, {"num_groups": [1]})
+    with pytest.raises(UsageError, match=f"^report.{name} must"):
+        kind(**others | {name: value})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [-0.1, 2, float("nan"), "0", None])
+def test_an_overlap_is_refused_by_the_name_that_was_typed(value):
+    with pytest.raises(UsageError, match=r"^report.overlap must be a number in \[0, 1\]"):
+        PriorReport(tokenizer="somewhere", overlap=value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_group_count_stands_for_a_list_of_it():
+    assert DecoderReport(num_groups=4).num_groups == (4,)
+    assert DecoderReport(num_groups=[4, 2]).num_groups == (4, 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_few_images_have_no_distance(make, tmp_path, count):
+    image, label = torch.rand(count, 1, 8, 8) * 2 - 1, torch.arange(count)
+    report = DecoderReport(num_groups=[1, 2], steps=1)
+    found = report(make(), image, label=label, folder=tmp_path, seed=0)
+    values = json.loads(json.dumps(found.values))
+    distances = [*values["fd_pixels"].values(), values["fd_pixels_floor"]]
+    assert len(distances) == 3
+    if count < 4:
+        assert distances == [None] * 3
+        assert found.table.count("too few images") == 3
+    else:
+        assert min(distances) > 0
+        assert "too few" not in found.table
+    assert " num_groups=2 " in found.try_next
+
+
+@pytest.mark.parametrize("name", ["run", "my run", "o'clock [1,2]={a}", '"$HOME" ~ été'])
+def test_the_next_command_can_be_pasted(make, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    image, label = torch.rand(4, 1, 8, 8) * 2 - 1, torch.arange(4)
+    report = DecoderReport(num_groups=[1], steps=1)
+    line = report(make(), image, label=label, folder=folder, seed=0).try_next
+    _, _, *words = shlex.split(line)
+    overrides = OverridesParser.create().parse_overrides(words)
+    assert {o.key_or_group: o.value() for o in overrides} == {
+        "ckpt": str(folder),
+        "num_groups": 1,
+        "overlap": 0.5,
+        "steps": 16,
+        "num_images": 64,
+        "out": "images.png",
+    }
+
+
+def test_pictures_show_random_images_of_all_classes():
+    label = torch.arange(3).repeat_interleave(100)
+    shown = _chosen(label, 300, count=20, seed=0)
+    assert label[shown].bincount().tolist() == [7, 7, 6]
+    assert len(shown.unique()) == 20
+    assert len(set(range(7)) & set(shown.tolist())) < 7, "not the first ones"
+    assert not torch.equal(shown, _chosen(label, 300, count=20, seed=1))
+    assert torch.equal(shown, _chosen(label, 300, count=20, seed=0))
+    unlabelled = _chosen(None, 300, count=20, seed=0)
+    assert len(label[unlabelled].unique()) == 3
+    many = _chosen(torch.arange(300), 300, count=20, seed=0)
+    assert many.max() > 100, "more classes than pictures: not the first classes"
+    few = _chosen(torch.tensor([5, 5, 2]), 3, count=8, seed=0).tolist()
+    assert few[::2] == [2] * 4
+    assert {few[1], few[3]} == {0, 1}

@@ -228,12 +228,24 @@ def test_reports_do_not_depend_on_their_batches(tokenizer, prior, tmp_path, monk
     assert codes["sequences_in_data"] == 0  # of 12^16
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_reports_of_few_images_have_no_distance(tokenizer, prior, tmp_path, count):
+    ask = {"label": torch.arange(count), "folder": tmp_path, "seed": 0}
+    found = TokenizerReport(num_groups=[2], steps=1)(tokenizer, images(count), **ask)
+    assert found.values["fd_pixels"] == {"2": None}
+    assert found.values["psnr"]["2"] > 0
+    assert "too few images" in found.table
+    found = PriorReport(tokenizer=tokenizer, steps=1)(prior, images(count), **ask)
+    assert found.values["fd_pixels"] is found.values["fd_pixels_floor"] is None
+    assert "fd_pixels too few images" in found.table
+
+
 def test_reports_that_cannot_be_made_are_refused(tokenizer, prior):
     for wrong, words in (
         ({"num_groups": 17}, "in 1 … 16"),
         ({"overlap": 1.5}, "overlap must be"),
         ({"steps": 0}, "steps must be"),
-        ({"samples": 3}, "samples must be 4"),
+        ({"samples": 3}, "samples must be a whole number of 4"),
     ):
         with pytest.raises(ValueError, match=words):
             PriorReport(tokenizer=tokenizer, **wrong).validate(prior)

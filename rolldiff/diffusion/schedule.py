@@ -93,7 +93,7 @@ def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"
 
 
 def _parameter(order: str, value: str, *, minimum: int) -> int:
-    if not value.isdigit() or int(value) < minimum:
+    if not value.isdecimal() or int(value) < minimum:
         raise UsageError(
             f"order {order.partition(':')[0]!r} takes a whole number of {minimum} or more after a "
             f"colon, got {order!r}"

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rolldiff.errors import UsageError, reason
+from rolldiff.errors import UsageError, finite_number, reason, whole_number
+from rolldiff.files import written_whole
 
 __all__ = [
     "Classifier",
@@ -35,6 +36,7 @@ __all__ = [
     "as_extractor",
     "short_hash",
     "train_classifier",
+    "unclassifiable",
 ]
 
 
@@ -67,18 +69,23 @@ class Extractor(nn.Module):
         """The features of images.
 
         Raises:
-            UsageError: if the images have the wrong shape, or the features are not `[B, F]`.
+            UsageError: if the images have the wrong shape or are not finite, or the features are
+                not `[B, F]` or not finite.
         """
         if image.ndim != 4 or (self.channels and image.shape[1] not in self.channels):
             channels = " or ".join(map(str, self.channels)) or "C"
             raise UsageError(
                 f"image must have shape (B, {channels}, H, W), got {tuple(image.shape)}"
             )
+        if not image.isfinite().all():
+            raise UsageError(f"image must be finite, got pixels for {self.name} that are not")
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             features = self.features(image.float())
         if not isinstance(features, Tensor) or features.shape[:-1] != image.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise UsageError(f"features must be a tensor of shape (B, F), got {found}")
+        if not features.isfinite().all():
+            raise UsageError(f"features of {self.name} must be finite, got some that are not")
         return features
 
     def train(self, mode: bool = True) -> "Extractor":
@@ -162,6 +169,7 @@ def short_hash(state: dict[str, Any], *, name: str = "") -> str:
 
 # To be changed with its architecture or its training, so that no old file is read.
 CLASSIFIER_VERSION = 1
+MAX_CLASSES = 2**16  # larger labels are numbers of something else
 
 
 class Classifier(Extractor):
@@ -205,6 +213,28 @@ class Classifier(Extractor):
             return self.linear(self(image))
 
 
+def unclassifiable(image: Float[Tensor, "N C H W"], label: Int[Tensor, " N"]) -> str | None:
+    """Why `train_classifier` refuses images and labels, or None if it takes them."""
+    if image.ndim != 4 or not all(8 <= size <= 64 for size in image.shape[2:]):
+        return f"image must have shape (N, C, H, W) with 8 … 64 pixels, got {tuple(image.shape)}"
+    if len(image) < 10 or label.shape != image.shape[:1]:
+        return (
+            "ten images and a label for each are needed at least, got "
+            f"{len(image)} and labels of shape {tuple(label.shape)}"
+        )
+    if label.is_floating_point() or label.min() < 0 or label.max() >= MAX_CLASSES:
+        lowest, highest = label.min().item(), label.max().item()
+        return (
+            f"label must be integers in 0 … {MAX_CLASSES - 1}, got {label.dtype} in "
+            f"{lowest} … {highest}"
+        )
+    if label.min() == label.max():
+        return f"label must be of two classes or more, got only {int(label[0])}"
+    if not image.isfinite().all():
+        return "image must be finite, got pixels that are not"
+    return None
+
+
 def train_classifier(
     image: Float[Tensor, "N C H W"],
     label: Int[Tensor, " N"],
@@ -230,22 +260,12 @@ def train_classifier(
         The classifier, on the CPU.
 
     Raises:
-        UsageError: if the shapes do not fit, `steps` is not 1 or more, a label is below 0, or the
-            folder cannot be written.
+        UsageError: if a classifier of such data cannot be trained, see `unclassifiable`, `steps` or
+            `seed` is out of range, or the folder cannot be written.
     """
-    if image.ndim != 4 or not all(8 <= size <= 64 for size in image.shape[2:]):
-        raise UsageError(
-            f"image must have shape (N, C, H, W) with 8 … 64 pixels, got {tuple(image.shape)}"
-        )
-    if len(image) < 10 or label.shape != image.shape[:1]:
-        raise UsageError(
-            "ten images and a label for each are needed at least, got "
-            f"{len(image)} and labels of shape {tuple(label.shape)}"
-        )
-    if label.is_floating_point() or label.min() < 0:
-        raise UsageError(f"label must be integers from 0, got {label.dtype} from {label.min()}")
-    if steps < 1:
-        raise UsageError(f"steps must be 1 or more, got {steps}")
+    if why := unclassifiable(image, label):
+        raise UsageError(why)
+    steps, seed = whole_number(steps, "steps"), whole_number(seed, "seed", minimum=0)
 
     image, label = image.detach().float().cpu(), label.detach().long().cpu()
     num_classes = int(label.max()) + 1
@@ -300,12 +320,8 @@ def _train(image: Tensor, label: Tensor, *, seed: int, steps: int) -> Classifier
 
 def _write_classifier(classifier: Classifier, path: Path) -> None:
     metadata = {"hash": classifier.hash, "accuracy": str(classifier.accuracy)}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         save_file(classifier.state_dict(), part, metadata=metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read_classifier(path: Path, classifier: Classifier) -> Classifier:
@@ -316,7 +332,9 @@ def _read_classifier(path: Path, classifier: Classifier) -> Classifier:
         if short_hash(state) != metadata["hash"]:
             raise UsageError(f"hash must be {metadata['hash']}, got {short_hash(state)}")
         classifier.load_state_dict(state)
-        classifier.accuracy = float(metadata["accuracy"])
+        classifier.accuracy = finite_number(
+            float(metadata["accuracy"]), "accuracy", minimum=0, maximum=1
+        )
         return classifier
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise UsageError(str(error)) from error

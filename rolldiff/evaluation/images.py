@@ -1,5 +1,9 @@
-"""Image files for people to look at: grids, labelled rows, GIFs. Images are in [-1, 1]."""
+"""Image files: grids, labelled rows and GIFs for people to look at, and sets of images to measure.
 
+Images are in [-1, 1]; what is outside is clipped. Files are written whole, see `rolldiff.files`.
+"""
+
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rolldiff.errors import UsageError
+from rolldiff.files import written_whole
 
-__all__ = ["labelled_rows", "make_grid", "save_gif"]
+__all__ = ["labelled_rows", "make_grid", "save_gif", "save_images", "save_npz", "save_picture"]
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -71,9 +76,81 @@ def save_gif(
     # Browsers slow anything below 20 ms per frame down to 100 ms.
     duration = max(20, round(1000 * seconds / len(images)))
     durations = [duration] * (len(images) - 1) + [round(1000 * hold)]
-    images[0].save(
-        path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
-    )
+    options = {"append_images": images[1:], "duration": durations, "loop": 0}
+    with written_whole(path) as part:
+        images[0].save(part, format="GIF", save_all=True, **options)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a grid or labelled rows in the format that the name ends in."""
+    with written_whole(path) as part:
+        picture.save(part)
+
+
+def save_images(images: Iterable[Float[Tensor, "B C H W"]], folder: str | Path) -> int:
+    """Write every image to a PNG file of its own: `000000.png`, `000001.png`, ….
+
+    Args:
+        images: batches, one channel or three.
+        folder: a new or an empty folder.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UsageError: if the folder holds other files, there is no image, or one is not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"folder must be a new or an empty one, got {folder}")
+    count = 0
+    for image in images:
+        for pixels in _finite_bytes(image):
+            save_picture(Image.fromarray(pixels), folder / f"{count:06d}.png")
+            count += 1
+    if not count:
+        raise UsageError("images must hold one image or more, got none")
+    return count
+
+
+def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> int:
+    """Write all images to one file as the evaluators of ADM read it: `arr_0`, `[N, H, W, 3]` bytes.
+
+    Args:
+        images: batches, one channel or three.
+        path: the file; its name ends in `.npz`.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UsageError: if there is no image, one is not finite, or they are of several sizes.
+    """
+    blocks = [_finite_bytes(image) for image in images]
+    count = sum(len(block) for block in blocks)
+    if not count:
+        raise UsageError("images must hold one image or more, got none")
+    sizes = sorted({block.shape[1:] for block in blocks})
+    if len(sizes) > 1:
+        raise UsageError(f"images must be of one size, got {' and '.join(map(str, sizes))}")
+    # Block by block, where `np.savez` would need all of them in one array.
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *sizes[0])}
+    with (
+        written_whole(path) as part,
+        zipfile.ZipFile(part, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
+    return count
+
+
+def _finite_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
+    if not image.isfinite().all():
+        raise UsageError("image must be finite, got pixels that are not")
+    return _to_bytes(image)
 
 
 def _to_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:

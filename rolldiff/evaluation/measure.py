@@ -1,16 +1,20 @@
 """Measuring one configuration: images for every seed, their metrics, and the cost of decoding.
 
 Sample `i` of a seed has the same noise and the same label in every configuration, so that
-configurations are compared on the same draws. Under `torchrun` the batches are distributed over the
-processes and gathered in order, so that the results are bit-identical for any number of processes.
+configurations are compared on the same draws. Images may come class by class, so a part of them is
+a random part, and samples take their labels in random order; both are the same in every run. Under
+`torchrun` the batches are distributed over the processes and gathered in order, so that the results
+are bit-identical for any number of processes.
 """
 
+import math
 import os
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,11 +42,13 @@ __all__ = [
     "device_name",
     "expected_cost",
     "extract_features",
+    "mean_std",
     "processes",
 ]
 
 T = TypeVar("T")
 BANDS = 4
+BATCH = 500  # images whose features are computed at a time
 
 
 def expected_cost(
@@ -116,7 +122,7 @@ class Measurement:
         seconds: of decoding one batch, the median over batches and seeds.
         seconds_to_first_group: until its first group was final, likewise.
         metrics: for each metric `values` (one per seed), their `mean` and their `std`; lists for a
-            metric of several parts.
+            metric of several parts. A metric that is undefined for a seed is left out.
     """
 
     nfe: int
@@ -134,7 +140,8 @@ class Evaluator:
     Attributes:
         decoder: the decoder.
         image: the images that samples are compared with.
-        label: their labels; sample `i` gets that of image `i`, cyclically. None decodes without.
+        label: their labels; sample `i` gets that of image `order[i]`, cyclically. None decodes
+            without.
         extractors: by name.
         features: of the images, by the same names.
         samples: images per seed.
@@ -157,13 +164,34 @@ class Evaluator:
     dtype: torch.dtype | None
     processes: "Processes"
 
+    @cached_property
+    def order(self) -> Int[Tensor, " N"]:
+        """A random order of the images; a part of them is the first of this order."""
+        return torch.randperm(len(self.image), generator=torch.Generator().manual_seed(0))
+
+    def part(self, data: Float[Tensor, "N ..."]) -> Float[Tensor, "P ..."]:
+        """A random part of the images or of their features, `pairs` at most."""
+        return data if len(data) <= self.pairs else data[self.order[: self.pairs]]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of every configuration; `seams` comes beside them where there are seams."""
+        names = list(self.extractors)
+        return [
+            *(extractor.distance_name for extractor in self.extractors.values()),
+            *(f"kd_{name}" for name in names),
+            *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
+            "by_band",
+        ]
+
     def decode(
         self, config: DecodeConfig, *, seed: int, start_index: int = 0, count: int
     ) -> DecodeOutput:
         """The samples `start_index … start_index + count - 1` of a seed."""
         cond = None
         if self.label is not None:
-            cond = self.label[(start_index + torch.arange(count)) % len(self.label)]
+            places = (start_index + torch.arange(count)) % len(self.label)
+            cond = self.label[self.order[places]]
         return self.decoder.decode(
             cond,
             config,
@@ -176,27 +204,37 @@ class Evaluator:
     def measure(self, config: DecodeConfig) -> Measurement | None:
         """Measure a configuration; None on all processes but the main one."""
         full_batch = min(self.batch_size, self.samples)
-        starts = [(seed, n) for seed in self.seeds for n in range(0, self.samples, self.batch_size)]
         if self.decoder.device.type == "cuda":  # the first decoding compiles, or warms up
             self.decode(config, seed=self.seeds[0], count=full_batch)
-        shard = self.processes.shard(len(starts))
-        batches = self.processes.gather([self._batch(config, *starts[n]) for n in shard])
+        values: list[dict[str, Any]] = []
+        full: list[_Batch] = []
+        for seed in self.seeds:  # images of one seed are in memory at a time
+            batches = self._batches(config, seed)
+            if self.processes.is_main:
+                values.append(self._metrics(config, batches))
+                empty = torch.empty(0)  # the images of earlier seeds are not kept
+                full += [
+                    b._replace(image=empty, features={})
+                    for b in batches
+                    if len(b.image) == full_batch
+                ]
         if not self.processes.is_main:
             return None
-        full = [b for b in batches if len(b.image) == full_batch]
-        per_seed = len(batches) // len(self.seeds)
-        values = [
-            self._metrics(config, batches[i : i + per_seed])
-            for i in range(0, len(batches), per_seed)
-        ]
+        names = [name for name in values[0] if all(v[name] is not None for v in values)]
         return Measurement(
-            nfe=batches[0].nfe,
-            tokens=batches[0].tokens,
+            nfe=full[0].nfe,
+            tokens=full[0].tokens,
             flops=self._flops(config),
-            seconds=statistics.median(b.seconds for b in full),
+            seconds=statistics.median(batch.seconds for batch in full),
             seconds_to_first_group=statistics.median(b.seconds_to_first_group for b in full),
-            metrics={name: _mean_std([v[name] for v in values]) for name in values[0]},
+            metrics={name: mean_std([v[name] for v in values]) for name in names},
         )
+
+    def _batches(self, config: DecodeConfig, seed: int) -> list[_Batch]:
+        """The batches of a seed from all processes; empty but on the main one."""
+        starts = range(0, self.samples, self.batch_size)
+        shard = self.processes.shard(len(starts))
+        return self.processes.gather([self._batch(config, seed, starts[n]) for n in shard])
 
     def _batch(self, config: DecodeConfig, seed: int, start_index: int) -> _Batch:
         count = min(self.batch_size, self.samples - start_index)
@@ -212,18 +250,17 @@ class Evaluator:
         for name, extractor in self.extractors.items():
             real, fake = self.features[name], torch.cat([b.features[name] for b in batches])
             metrics[extractor.distance_name] = float(frechet_distance(real, fake))
-            real, fake = real[: self.pairs], fake[: self.pairs]
+            real, fake = self.part(real), fake[: self.pairs]  # samples are in random order
             metrics[f"kd_{name}"] = float(kernel_distance(real, fake))
             precision, recall = precision_recall(real, fake)
             metrics[f"precision_{name}"] = float(precision)
             metrics[f"recall_{name}"] = float(recall)
         image = torch.cat([b.image for b in batches])
         if (group := self._pixel_groups(config)) is not None:
-            metrics["seams"] = float(seam_ratio(self.image, image, group))
+            ratio = float(seam_ratio(self.image, image, group))
+            metrics["seams"] = None if math.isnan(ratio) else ratio
         bands = min(BANDS, image.shape[2])
-        metrics["by_band"] = band_distances(
-            self.image[: self.pairs], image[: self.pairs], bands=bands
-        )
+        metrics["by_band"] = band_distances(self.part(self.image), image[: self.pairs], bands=bands)
         return metrics
 
     def _pixel_groups(self, config: DecodeConfig) -> Int[Tensor, "H W"] | None:
@@ -248,7 +285,13 @@ def extract_features(
     image: Float[Tensor, "N C H W"], extractor: Extractor, *, device: torch.device
 ) -> Float[Tensor, "N F"]:
     """The features of many images, a part at a time."""
-    return torch.cat([extractor(part.to(device)).cpu() for part in image.split(500)])
+    features = image.new_empty(0, 0)
+    for start, part in zip(range(0, len(image), BATCH), image.split(BATCH), strict=True):
+        found = extractor(part.to(device)).cpu()
+        if not start:  # into one tensor: a list of parts would need the memory twice
+            features = found.new_empty(len(image), found.shape[1])
+        features[start : start + len(part)] = found
+    return features
 
 
 def device_name(device: torch.device) -> str:
@@ -262,11 +305,12 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _mean_std(values: list[Any]) -> dict[str, Any]:
+def mean_std(values: Sequence[Any]) -> dict[str, Any]:
+    """The mean and the standard deviation over seeds, beside the values themselves."""
     table = torch.tensor(values, dtype=torch.float64)
     # The standard deviation of a single seed is undefined, not 0.
     std = table.std(0).tolist() if len(values) > 1 else None
-    return {"mean": table.mean(0).tolist(), "std": std, "values": values}
+    return {"mean": table.mean(0).tolist(), "std": std, "values": list(values)}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, whole_number
 
 __all__ = [
     "band_distances",
@@ -22,7 +22,7 @@ __all__ = [
     "seam_ratio",
 ]
 
-BLOCK = 2048  # rows of a matrix of pairs that are in memory at once
+BLOCK = 2048  # images, or rows of a matrix of pairs, that are in memory in float64 at once
 
 
 def frechet_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
@@ -37,28 +37,39 @@ def frechet_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> 
     X_a X_b', the sum of its singular values. Nothing is squared before these are taken, so the
     result keeps its precision where covariances are singular, as with fewer samples than features.
 
+    The estimate is biased upwards, the more so the fewer samples there are: compare distances at
+    equal numbers of samples only.
+
     Args:
         real: features of two samples or more.
         fake: the same features of two samples or more.
 
     Raises:
         UsageError: if the shapes are wrong, a side has fewer than two samples, or a feature is not
-            finite.
+            finite or so large that its square is not.
     """
-    size = real.shape[-1]
-    for name, side in (("real", real), ("fake", fake)):
-        if side.ndim != 2 or side.shape[1] != size:
-            raise UsageError(f"features must have shape (B, {size}), got {tuple(side.shape)}")
-        if len(side) < 2:
-            raise UsageError(f"two {name} samples are needed at least, got {len(side)}")
-        if not side.isfinite().all():
-            raise UsageError(f"features must be finite, got {name} ones that are not")
+    _check_features(real, fake, minimum=2)
     with torch.autocast(real.device.type, enabled=False):
         a, b = real.detach().double(), fake.detach().double()
         between = (a.mean(0) - b.mean(0)).square().sum()
         root_a, root_b = _covariance_root(a), _covariance_root(b)
-        cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-        return between + root_a.square().sum() + root_b.square().sum() - 2 * cross
+        sums = between + root_a.square().sum() + root_b.square().sum()
+        if not sums.isfinite():
+            largest = max(float(a.abs().max()), float(b.abs().max()))
+            raise UsageError(f"features must have finite squares, got features up to {largest:.4g}")
+        distance = sums - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()
+    return distance.clamp(min=0)  # below it is rounding
+
+
+def _check_features(real: Tensor, fake: Tensor, *, minimum: int) -> None:
+    size = real.shape[-1]
+    for name, side in (("real", real), ("fake", fake)):
+        if side.ndim != 2 or side.shape[1] != size:
+            raise UsageError(f"features must have shape (B, {size}), got {tuple(side.shape)}")
+        if len(side) < minimum:
+            raise UsageError(f"{name} must have {minimum} samples or more, got {len(side)}")
+        if not side.isfinite().all():
+            raise UsageError(f"features must be finite, got {name} ones that are not")
 
 
 def _covariance_root(features: Float[Tensor, "B F"]) -> Float[Tensor, "R F"]:
@@ -102,7 +113,12 @@ def kernel_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> F
     Args:
         real: features of two samples or more.
         fake: the same features of two samples or more.
+
+    Raises:
+        UsageError: if the shapes are wrong, a side has fewer than two samples, or a feature is not
+            finite.
     """
+    _check_features(real, fake, minimum=2)
     a, b = real.double(), fake.double()
     return _mean_within(a) + _mean_within(b) - 2 * _kernel_sum(a, b) / (len(a) * len(b))
 
@@ -138,11 +154,10 @@ def precision_recall(
         k: the neighbour that defines the radius.
 
     Raises:
-        UsageError: if a side has `k` samples or fewer.
+        UsageError: if the shapes are wrong, a side has `k` samples or fewer, or a feature is not
+            finite.
     """
-    for name, side in (("real", real), ("fake", fake)):
-        if len(side) <= k:
-            raise UsageError(f"{name} must have more than {k} samples, got {len(side)}")
+    _check_features(real, fake, minimum=whole_number(k, "k") + 1)
     real, fake = real.double(), fake.double()
     return _fraction_inside(fake, real, k), _fraction_inside(real, fake, k)
 
@@ -166,7 +181,8 @@ def seam_ratio(
     """How much larger gradients are across group boundaries than in the data; 1 means no seam.
 
     The mean absolute difference between neighbouring pixels of different groups, over that between
-    neighbouring pixels of the same group, divided by the same ratio for `real`.
+    neighbouring pixels of the same group, divided by the same ratio for `real`. NaN if images do
+    not differ between the pixels that it divides by.
 
     Args:
         real: images of the data.
@@ -174,17 +190,29 @@ def seam_ratio(
         group: the group of each pixel.
 
     Raises:
-        UsageError: if all neighbouring pixels are of different groups, or all of the same group.
+        UsageError: if all neighbouring pixels are of different groups, or all of the same group, or
+            a pixel is not finite.
     """
     across = boundaries(group)
     if across is None:
         raise UsageError("group must have neighbouring pixels of two groups and of one, got none")
     ratios = []
     for image in (fake, real):
-        diffs = [image.double().diff(dim=dim).abs().mean((0, 1)).flatten() for dim in (2, 3)]
-        gradient = torch.cat(diffs)
+        gradient = _mean_gradient(image)
         ratios.append(gradient[across].mean() / gradient[~across].mean())
-    return ratios[0] / ratios[1]
+    ratio = ratios[0] / ratios[1]
+    return ratio if ratio.isfinite() else torch.full_like(ratio, torch.nan)
+
+
+def _mean_gradient(image: Float[Tensor, "B C H W"]) -> Float[Tensor, " P"]:
+    """The mean difference of neighbouring pixels, vertical then horizontal."""
+    if not image.isfinite().all():
+        raise UsageError("image must be finite, got pixels that are not")
+    total: Tensor | int = 0
+    for part in image.split(BLOCK):  # in parts, because they are converted to float64
+        diffs = [part.double().diff(dim=dim).abs().sum((0, 1)).flatten() for dim in (2, 3)]
+        total = total + torch.cat(diffs)
+    return torch.as_tensor(total) / (image.shape[0] * image.shape[1])
 
 
 def boundaries(group: Int[Tensor, "H W"]) -> Bool[Tensor, " P"] | None:
@@ -200,5 +228,11 @@ def psnr(image: Tensor, other: Tensor) -> float:
     """Peak signal-to-noise ratio in decibels, `10 log10(4 / mean squared error)` for [-1, 1].
 
     Values are clipped to that range first. The mean is over all images.
+
+    Raises:
+        UsageError: if a pixel is not finite.
     """
+    for name, side in (("image", image), ("other", other)):
+        if not side.isfinite().all():
+            raise UsageError(f"{name} must be finite, got pixels that are not")
     return float(peak_signal_noise_ratio(other, image, data_range=(-1.0, 1.0)))

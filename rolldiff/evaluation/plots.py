@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from rolldiff.diffusion.schedule import GroupSchedule
+from rolldiff.files import written_whole
 
 __all__ = ["COSTS", "groups_label", "plot_costs", "plot_matrices"]
 
@@ -67,7 +68,8 @@ def plot_costs(
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.suptitle(f"{title}; bars: one standard deviation over seeds", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -130,5 +132,6 @@ def plot_matrices(shapes: Sequence[tuple[int, float]], steps: int, path: Path) -
         "(white: noise, blue: data)",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)

@@ -4,11 +4,13 @@ A training report is validated against the model before the training begins, and
 ended.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +19,16 @@ from torch import Tensor
 
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.errors import UsageError
-from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif
+from rolldiff.errors import UsageError, finite_number, whole_number
+from rolldiff.evaluation.features import Classifier
+from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif, save_picture
 from rolldiff.evaluation.measure import Evaluator
 from rolldiff.evaluation.metrics import frechet_distance, kernel_distance, pixel_distance, psnr
 from rolldiff.evaluation.plots import COSTS, groups_label, plot_costs, plot_matrices
+from rolldiff.evaluation.results import config_of
+from rolldiff.files import write_text
 from rolldiff.progress import progress
+from rolldiff.shell import command_line
 from rolldiff.tokenizer import Generation, Prior, Tokenizer
 from rolldiff.tokenizer.pipeline import measure_latency
 
@@ -42,6 +48,7 @@ __all__ = [
 Record = dict[str, Any]
 BATCH = 500
 SHOWN = 16  # images per row of a picture
+MIN_IMAGES = 4  # for a distance: they are halved, and each half needs two
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,12 +65,20 @@ def _variant(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Order, solver and guidance, if they are not the default."""
     variant = []
     if record["num_groups"] > 1 and record["order"] != "top_to_bottom":
-        variant.append(str(record["order"]))
+        variant.append(_order_name(record["order"]))
     if record["solver"] != "euler":
         variant.append(record["solver"])
     if record["guidance"]:
         variant.append(f"guidance {record['guidance']:g}")
     return tuple(variant)
+
+
+def _order_name(order: str | Sequence[int]) -> str:
+    """A named order, or a short name for a permutation, whose numbers would fill the page."""
+    if isinstance(order, str):
+        return order
+    digest = hashlib.sha256(" ".join(map(str, order)).encode()).hexdigest()
+    return f"permutation {digest[:6]}"
 
 
 def pareto_front(records: Sequence[Record], *, cost: str, metric: str) -> list[Record]:
@@ -86,11 +101,16 @@ def write_report(
     evaluator: Evaluator,
     solvers: Mapping[str, Solver],
 ) -> None:
-    """Write `report.md`, `cost*.png`, `samples_equal_*.png` and `matrices.png` from the records."""
+    """Write `report.md`, `cost*.png`, `samples_equal_*.png` and `matrices.png` from the records.
+
+    The text comes last: an earlier report stays until all its pictures are there.
+    """
     distances = [extractor.distance_name for extractor in evaluator.extractors.values()]
     floors = _floors(evaluator)
-    parts = [_setup(records[0], distances[0], floors, labels=evaluator.label is not None)]
+    parts = [_setup(records[0], distances[0], floors, evaluator=evaluator)]
     variants = _variants(records)
+    usual = next(iter(variants.values()))
+    samples = _samples(usual, folder, evaluator=evaluator, solvers=solvers, metric=distances[0])
     for variant, members in variants.items():
         title = ", ".join(variant) or "top to bottom, Euler"
         file = "-".join(["cost", *(word.replace(" ", "_") for word in variant)]) + ".png"
@@ -101,16 +121,18 @@ def write_report(
             f"![metrics against cost]({file})\n",
             table,
         ]
-    usual = next(iter(variants.values()))
-    parts.append(_samples(usual, folder, evaluator=evaluator, solvers=solvers, metric=distances[0]))
+    parts.append(samples)
     shapes = sorted({(r["num_groups"], r["overlap"]) for r in usual})
     steps = sorted({record["steps"] for record in usual})
     plot_matrices(shapes, steps[len(steps) // 2], folder / "matrices.png")
     parts.append("## When each group moves\n\n![scheduling matrices](matrices.png)\n")
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(parts))
 
 
-def _setup(record: Record, metric: str, floors: Mapping[str, float], *, labels: bool) -> str:
+def _setup(
+    record: Record, metric: str, floors: Mapping[str, float], *, evaluator: Evaluator
+) -> str:
+    labels = evaluator.label is not None
     halves = ", ".join(f"{name} {value:.3g}" for name, value in floors.items())
     return f"""# Quality against cost
 
@@ -132,7 +154,26 @@ Split-half distances, between two random halves of the data: {halves}. Halves ar
 those compared here, so lower distances are possible. They say nothing about images outside of the
 data. `results.jsonl` holds every seed, and `by_band`, the pixel-space distance of each quarter from
 the top down.
-"""
+{_extractors(evaluator)}"""
+
+
+def _extractors(evaluator: Evaluator) -> str:
+    """What is to be known about the extractors to judge their distances."""
+    sentences = []
+    count = min(len(evaluator.image), evaluator.samples)
+    for name, extractor in evaluator.extractors.items():
+        if isinstance(extractor, Classifier):
+            sentences.append(
+                f"The classifier is right on {extractor.accuracy:.1%} of the images that were held "
+                "out of its training."
+            )
+        size = evaluator.features[name].shape[1]
+        if count <= size:
+            sentences.append(
+                f"`{extractor.distance_name}` has {size} features and {count} images: it is far "
+                "above that of large sets, and comparable at equal numbers of images only."
+            )
+    return "".join(f"\n{sentence}\n" for sentence in sentences)
 
 
 def _variants(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
@@ -197,21 +238,19 @@ def _samples(
     joint = [record for record in records if record["num_groups"] == 1] or list(records)
     for cost in ("nfe", "tokens"):
         budget = max(record[cost] for record in joint)
-        rows = {"data": evaluator.image[:SHOWN]}
+        # The first samples have the labels of these images.
+        rows = {"data": evaluator.image[evaluator.order[:SHOWN]]}
         for num_groups in sorted({record["num_groups"] for record in records}):
             affordable = [
                 r for r in records if r["num_groups"] == num_groups and r[cost] <= 1.1 * budget
             ]
             if affordable:
                 best = max(affordable, key=lambda r: (r[cost], -r["metrics"][metric]["mean"]))
-                settings = {k: best[k] for k in ("num_groups", "overlap", "steps", "order")}
-                config = DecodeConfig(
-                    **settings, solver=solvers[best["solver"]], guidance=best["guidance"]
-                )
+                config = config_of(best, solvers)
                 output = evaluator.decode(config, seed=evaluator.seeds[0], count=SHOWN)
                 rows[f"{config_label(best)}: {cost} {best[cost]:,}"] = output.image.cpu()
         file = f"samples_equal_{cost}.png"
-        labelled_rows(rows).save(folder / file)
+        save_picture(labelled_rows(rows), folder / file)
         parts.append(
             f"At {cost} {budget:,}, or the nearest measured below:\n\n![samples]({file})\n"
         )
@@ -221,30 +260,31 @@ def _samples(
 def _floors(evaluator: Evaluator, *, splits: int = 5) -> dict[str, float]:
     """The split-half distances of the data, means over some splits."""
     floors: dict[str, float] = {}
+    count = evaluator.pairs
     for name, extractor in evaluator.extractors.items():
-        pairs = list(random_halves(evaluator.features[name], splits))
-        count = evaluator.pairs
-        floors[extractor.distance_name] = _mean(float(frechet_distance(a, b)) for a, b in pairs)
-        floors[f"kd_{name}"] = _mean(float(kernel_distance(a[:count], b[:count])) for a, b in pairs)
+        distances = [
+            (float(frechet_distance(a, b)), float(kernel_distance(a[:count], b[:count])))
+            for a, b in random_halves(evaluator.features[name], splits)
+        ]
+        frechet, kernel = zip(*distances, strict=True)
+        floors[extractor.distance_name] = fmean(frechet)
+        floors[f"kd_{name}"] = fmean(kernel)
     return floors
-
-
-def _mean(values: Iterator[float]) -> float:
-    items = list(values)
-    return sum(items) / len(items)
 
 
 def random_halves(data: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Two random halves, several times; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(splits):
-        first, second = data[torch.randperm(len(data), generator=generator)].chunk(2)
-        yield first, second
+        first, second = torch.randperm(len(data), generator=generator).chunk(2)
+        yield data[first], data[second]
 
 
-def split_half_distance(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float:
-    """The mean pixel-space distance between two random halves of the images."""
-    return _mean(pixel_distance(a, b) for a, b in random_halves(image, splits))
+def split_half_distance(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float | None:
+    """The mean pixel-space distance between two random halves of the images; None of too few."""
+    if len(image) < MIN_IMAGES:
+        return None
+    return fmean(pixel_distance(a, b) for a, b in random_halves(image, splits))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,10 +312,20 @@ class TrainingReport(ABC):
     Args:
         steps: solver steps per group.
         samples: images, at most, that are compared.
+
+    Raises:
+        UsageError: if a setting is out of range.
     """
 
     steps: int = 16
     samples: int = 2000
+
+    def __post_init__(self) -> None:
+        self._set("steps", whole_number(self.steps, "report.steps"))
+        self._set("samples", whole_number(self.samples, "report.samples", minimum=MIN_IMAGES))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # only on the way into a frozen instance
 
     @abstractmethod
     def configs(self) -> list[DecodeConfig]:
@@ -303,13 +353,9 @@ class TrainingReport(ABC):
         Raises:
             UsageError: if the model cannot do what the report asks for.
         """
-        configs = self.configs()
-        if not configs:
-            raise UsageError("report.num_groups must hold at least one value, got none")
-        for config in configs:
-            config.schedule(num_tokens=self.decoder_of(model).layout.num_tokens)
-        if self.samples < 4:  # they are halved, and a distance needs two
-            raise UsageError(f"report.samples must be 4 or more, got {self.samples}")
+        num_tokens = self.decoder_of(model).layout.num_tokens
+        for config in self.configs():
+            whole_number(config.num_groups, "report.num_groups", maximum=num_tokens)
 
     def subsample(self, image: Tensor, label: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
         """At most `samples` images and their labels, drawn without replacement."""
@@ -318,6 +364,44 @@ class TrainingReport(ABC):
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(image), generator=generator)[: self.samples]
         return image[chosen], label[chosen]
+
+
+def _group_counts(value: Any) -> tuple[int, ...]:
+    """Group counts; one number is taken for a list of it."""
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not values:
+        raise UsageError("report.num_groups must hold at least one value, got none")
+    return tuple(whole_number(item, "report.num_groups") for item in values)
+
+
+def _distance(real: Tensor, fake: Tensor) -> float | None:
+    """The pixel-space distance; None of too few images, which do not end a training in an error."""
+    return pixel_distance(real, fake) if len(real) >= MIN_IMAGES else None
+
+
+def _cell(value: float | None) -> str:
+    return "too few images" if value is None else f"{value:9.3f}"
+
+
+def _chosen(label: Tensor | None, total: int, *, count: int, seed: int) -> Int[Tensor, " count"]:
+    """Random images for a picture, cyclic; with labels as many of each class as possible, in turn.
+
+    Args:
+        label: of the images; None for none.
+        total: the number of images.
+        count: how many are chosen.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(total, generator=generator)
+    if label is None:
+        return order[torch.arange(count) % total]
+    classes = label.unique()
+    if len(classes) > count:
+        classes = classes[torch.randperm(len(classes), generator=generator)[:count].sort().values]
+    members = [order[label[order] == c] for c in classes]
+    places = (divmod(i, len(members)) for i in range(count))
+    return torch.stack([members[c][n % len(members[c])] for n, c in places])
 
 
 def _decode_all(
@@ -345,6 +429,10 @@ class DecoderReport(TrainingReport):
 
     num_groups: Sequence[int]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("num_groups", _group_counts(self.num_groups))
+
     def configs(self) -> list[DecodeConfig]:
         return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
 
@@ -357,16 +445,23 @@ class DecoderReport(TrainingReport):
         image, label = self.subsample(image, label, seed=seed)
         cond = label if model.conditioning.num_classes else None
         self.pictures(model, image, label=cond, folder=folder, seed=seed)
-        distances = {}
+        distances: dict[str, float | None] = {}
         for config in progress(self.configs(), "measuring"):
             fake = _decode_all(model, cond, config, count=len(image), seed=seed)
-            distances[str(config.num_groups)] = pixel_distance(image, fake)
+            distances[str(config.num_groups)] = _distance(image, fake)
         floor = split_half_distance(image)
         lines = ["num_groups  fd_pixels"]
-        lines += [f"{groups:>10}  {value:9.3f}" for groups, value in distances.items()]
-        lines += [f"{'(floor)':>10}  {floor:9.3f}  two halves of the data"]
-        grouped = [groups for groups in distances if groups != "1"] or ["1"]
-        best = min(grouped, key=distances.__getitem__)
+        lines += [f"{groups:>10}  {_cell(value)}" for groups, value in distances.items()]
+        lines += [f"{'(floor)':>10}  {_cell(floor)}  two halves of the data"]
+        grouped = {g: value or 0.0 for g, value in distances.items() if g != "1"} or {"1": 0.0}
+        settings = {
+            "ckpt": folder,
+            "num_groups": int(min(grouped, key=grouped.__getitem__)),
+            "overlap": 0.5,
+            "steps": 16,
+            "num_images": 64,
+            "out": "images.png",
+        }
         return Report(
             {
                 "fd_pixels": distances,
@@ -375,8 +470,7 @@ class DecoderReport(TrainingReport):
                 "steps_per_group": self.steps,
             },
             "\n".join(lines),
-            f"rolldiff decode ckpt={folder} num_groups={best} overlap=0.5 steps=16 "
-            "num_images=64 out=images.png",
+            command_line("decode", settings),
         )
 
     def pictures(
@@ -390,18 +484,13 @@ class DecoderReport(TrainingReport):
         count: int = 20,
     ) -> None:
         """Write `samples.png`, a row per `num_groups`, and `stream.gif`, a batch in progress."""
-        # As many of each class as possible, in turn; without labels, the first images. Cyclic.
-        chosen = torch.arange(count) % len(image)
-        if label is not None:
-            classes = [(label == c).nonzero()[:, 0] for c in label.unique()]
-            places = (divmod(i, len(classes)) for i in range(count))
-            chosen = torch.stack([classes[c][n % len(classes[c])] for n, c in places])
+        chosen = _chosen(label, len(image), count=count, seed=seed)
         cond = None if label is None else label[chosen]
         rows = {"data": image[chosen]}
         for config in self.configs():
             output = decoder.decode(cond, config, num_images=count, seed=seed)
             rows[f"num_groups {config.num_groups}"] = output.image
-        labelled_rows(rows).save(folder / "samples.png")
+        save_picture(labelled_rows(rows), folder / "samples.png")
         groups = min(self.num_groups, key=lambda g: abs(g - 8))  # enough to see them move
         config = DecodeConfig(
             num_groups=groups, overlap=0.5 if groups > 1 else 1.0, steps=self.steps
@@ -422,6 +511,10 @@ class TokenizerReport(TrainingReport):
 
     num_groups: Sequence[int]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("num_groups", _group_counts(self.num_groups))
+
     def configs(self) -> list[DecodeConfig]:
         return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
 
@@ -435,20 +528,21 @@ class TokenizerReport(TrainingReport):
         image, _ = self.subsample(image, label, seed=seed)
         codes = torch.cat([model.encode(part.to(model.device)) for part in image.split(BATCH)])
         latents = model.dequantize(codes)
-        rows = {"data": image[:SHOWN]}
+        chosen = _chosen(None, len(image), count=min(SHOWN, len(image)), seed=seed)
+        rows = {"data": image[chosen]}
         ratios: dict[str, float] = {}
-        distances: dict[str, float] = {}
+        distances: dict[str, float | None] = {}
         for config in progress(self.configs(), "measuring"):
             fake = _decode_all(model.decoder, latents, config, count=len(image), seed=seed)
-            rows[f"num_groups {config.num_groups}"] = fake[:SHOWN]
+            rows[f"num_groups {config.num_groups}"] = fake[chosen]
             ratios[str(config.num_groups)] = psnr(image, fake)
-            distances[str(config.num_groups)] = pixel_distance(image, fake)
-        labelled_rows(rows).save(folder / "reconstructions.png")
+            distances[str(config.num_groups)] = _distance(image, fake)
+        save_picture(labelled_rows(rows), folder / "reconstructions.png")
         used = codes.flatten().bincount(minlength=model.codebook_size) / codes.numel()
         perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
         bits = model.num_tokens * math.log2(model.codebook_size)
         lines = ["num_groups  psnr (dB)  fd_pixels"]
-        lines += [f"{g:>10}  {ratios[g]:9.2f}  {distances[g]:9.3f}" for g in ratios]
+        lines += [f"{g:>10}  {ratios[g]:9.2f}  {_cell(distances[g])}" for g in ratios]
         lines += [f"{model.num_tokens} codes of {model.codebook_size} per image, {bits:.0f} bits"]
         return Report(
             {
@@ -463,7 +557,7 @@ class TokenizerReport(TrainingReport):
                 "steps_per_group": self.steps,
             },
             "\n".join(lines),
-            f"rolldiff train experiment=prior tokenizer={folder}",
+            command_line("train", {"experiment": "prior", "tokenizer": folder}),
         )
 
 
@@ -482,6 +576,12 @@ class PriorReport(TrainingReport):
     tokenizer: Tokenizer | str
     num_groups: int = 4
     overlap: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("num_groups", whole_number(self.num_groups, "report.num_groups"))
+        overlap = finite_number(self.overlap, "report.overlap", minimum=0, maximum=1)
+        self._set("overlap", overlap)
 
     def configs(self) -> list[DecodeConfig]:
         return [DecodeConfig(num_groups=self.num_groups, overlap=self.overlap, steps=self.steps)]
@@ -514,9 +614,10 @@ class PriorReport(TrainingReport):
         real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])
         seen = {tuple(sequence) for sequence in real.tolist()}
         known = sum(tuple(s) in seen for s in torch.cat(codes).tolist()) / len(image)
-        chosen = torch.cat([(label == c).nonzero()[:2, 0] for c in label.unique()])[:20]
+        classes = label if labelled else None
+        chosen = _chosen(classes, len(image), count=min(20, len(image)), seed=seed)
         rows = {"data": image[chosen], "generated": fake[chosen]}
-        labelled_rows(rows).save(folder / "samples.png")
+        save_picture(labelled_rows(rows), folder / "samples.png")
         generation = Generation(
             model,
             tokenizer,
@@ -529,9 +630,16 @@ class PriorReport(TrainingReport):
         waited = measure_latency(generation, wait=True)
         frames = (make_grid(frame.image) for frame in generation.stream())
         save_gif(frames, folder / "stream.gif")
-        distance = pixel_distance(image, fake)
+        distance = _distance(image, fake)
+        settings: dict[str, Any] = {
+            "prior": folder,
+            "tokenizer": self.tokenizer if isinstance(self.tokenizer, str) else "TOKENIZER",
+            **({"label": int(label[0])} if labelled else {}),
+            "num_groups": self.num_groups,
+            "out": "stream.gif",
+        }
         table = [
-            f"generated images: fd_pixels {distance:.3f}",
+            f"generated images: fd_pixels {_cell(distance).strip()}",
             f"code sequences that occur in the data: {known:.0%}",
             f"first row after {streamed.first_row:.3f} s ({streamed.codes_at_first_row} of "
             f"{model.num_tokens} codes), whole image after {streamed.whole:.3f} s",
@@ -552,6 +660,5 @@ class PriorReport(TrainingReport):
                 "steps_per_group": self.steps,
             },
             "\n".join(table),
-            f"rolldiff generate prior={folder} tokenizer=TOKENIZER label=3 "
-            f"num_groups={self.num_groups} out=stream.gif",
+            command_line("generate", settings),
         )

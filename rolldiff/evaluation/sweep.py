@@ -1,20 +1,18 @@
 """`rolldiff bench`: a sweep over the settings of decoding, measured, resumable, and reported.
 
-`results.jsonl` has one line per configuration: its settings, its cost, its metrics, and what makes
-it comparable with the others. A configuration that is in the file is not measured again. Settings
-that cannot differ (the order of a single group, overlaps that round to the same stagger) are
-measured once.
+A configuration that is in `results.jsonl` is not measured again. Settings that cannot differ (the
+order of a single group, overlaps that round to the same stagger) are measured once.
 """
 
-import json
 import math
-import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +27,15 @@ import rolldiff
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.errors import UsageError
-from rolldiff.evaluation.features import Extractor, as_extractor, short_hash
+from rolldiff.diffusion.schedule import Order, decode_order
+from rolldiff.errors import UsageError, finite_number, reason, warn_user, whole_number
+from rolldiff.evaluation.features import (
+    Extractor,
+    as_extractor,
+    short_hash,
+    train_classifier,
+    unclassifiable,
+)
 from rolldiff.evaluation.measure import (
     Evaluator,
     Processes,
@@ -40,9 +45,11 @@ from rolldiff.evaluation.measure import (
     processes,
 )
 from rolldiff.evaluation.report import config_label, write_report
+from rolldiff.evaluation.results import METHOD, Results, Timings
+from rolldiff.files import LOCK, locked, refuse_links, remove_parts
 from rolldiff.hub import read_checkpoint
 
-__all__ = ["Match", "Results", "Timings", "bench", "grid", "match_cost"]
+__all__ = ["Match", "bench", "grid", "match_cost"]
 
 Match = Literal["nfe", "tokens", "seconds"]
 Record = dict[str, Any]
@@ -50,9 +57,17 @@ Record = dict[str, Any]
 # Keys of the data in run folders of version 0.1.
 RENAMED_DATA = {"reference": "reference_images", "corrupt": "on_error"}
 
+MATCHES = ("nfe", "tokens", "seconds")
+RESULTS, TIMINGS, REPORT = "results.jsonl", "timings.json", "report.md"
+MIN_IMAGES = 4  # precision and recall take the third neighbour of each
+
 
 def bench(cfg: DictConfig, *, conf: Path) -> Path:
     """Measure what is configured and not yet measured, and write the report.
+
+    All settings are checked before anything is written, and the results of earlier commands before
+    anything is decoded. Whenever it is interrupted, the finished configurations stay, and the same
+    command goes on with the others.
 
     Args:
         cfg: the configuration of `rolldiff bench`.
@@ -62,38 +77,42 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         The run folder: `results.jsonl`, `report.md` and its pictures.
 
     Raises:
-        UsageError: if a setting is out of range, or the folder holds results of something else.
+        UsageError: if a setting is out of range, the folder holds results of something else or
+            damaged ones, or another job is writing to it.
     """
     if cfg.ckpt is None:
         raise UsageError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
-    folder = Path(cfg.run_dir or _default_folder(Path(cfg.ckpt)))
+    folder = _folder(cfg)
     with processes() as group:
         decoder = read_checkpoint(cfg.ckpt, Decoder).to(named_device(cfg.device))
-        solvers = {name: _solver(name, conf) for name in cfg.bench.solver}
-        configs = _configs(cfg, decoder, solvers)
-        evaluator = _evaluator(cfg, decoder, group)
-        if cfg.compile:
-            compile_in_place(decoder)
-        if cfg.bench.match is not None:
-            configs = group.broadcast(_matched(cfg.bench.match, configs, evaluator, folder=folder))
-        same, provenance = _same(evaluator, cfg), _provenance(evaluator, cfg)
-        results = None
-        if group.is_main:
-            results = Results(folder / "results.jsonl", same=same, solvers=solvers)
-            # The report decodes samples of earlier lines too, which may have other solvers.
-            names = {record["solver"] for record in results.records} - solvers.keys()
-            solvers = solvers | {name: _solver(name, conf) for name in names}
-        todo = group.broadcast([] if results is None else results.missing(configs))
-        with _progress(todo, len(configs), show=group.is_main) as bar:
-            for config in todo:
-                measurement = evaluator.measure(config)
-                if results is not None and measurement is not None:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    results.append(config, asdict(measurement) | provenance)
-                    bar.update()
-                    tqdm.write(_summary(results.records[-1]), file=sys.stderr)
-        if results is not None:
-            write_report(results.records, folder, evaluator=evaluator, solvers=solvers)
+        sweep = _read_sweep(cfg, decoder, conf)
+        with _held(folder, group):
+            results = None
+            if group.is_main:
+                path = folder / RESULTS
+                results = Results(path, layout=decoder.layout, solvers=sweep.solvers)
+            evaluator = _evaluator(cfg, sweep, decoder, group)
+            if results is not None:
+                results.require(_same(evaluator, cfg), metrics=evaluator.metric_names)
+            if cfg.compile:
+                compile_in_place(decoder)
+            configs = sweep.configs
+            if sweep.match is not None:
+                configs = group.broadcast(_matched(sweep, evaluator, folder=folder))
+            todo = group.broadcast([] if results is None else results.missing(configs))
+            provenance = _provenance(evaluator, cfg)
+            show = group.is_main and cfg.progress
+            with _progress(todo, len(configs), show=show) as bar:
+                for config in todo:
+                    measurement = evaluator.measure(config)
+                    if results is not None and measurement is not None:
+                        results.append(config, asdict(measurement) | provenance)
+                        bar.update()
+                        if show:
+                            tqdm.write(_summary(results.records[-1]), file=sys.stderr)
+            if results is not None:
+                solvers = sweep.solvers
+                write_report(results.records, folder, evaluator=evaluator, solvers=solvers)
     return folder
 
 
@@ -103,7 +122,7 @@ def grid(
     num_groups: Sequence[int],
     overlap: Sequence[float],
     steps: Sequence[int],
-    order: Sequence[str],
+    order: Sequence[Order],
     solver: Sequence[Solver],
     guidance: Sequence[float],
     joint_steps: Sequence[int] = (),
@@ -179,105 +198,6 @@ def match_cost(
     return list(found)
 
 
-class Results:
-    """`results.jsonl`: one line per finished configuration, never changed.
-
-    Args:
-        path: the file, which may exist.
-        same: what every line must agree on (checkpoint, reference, samples, seeds, features).
-        solvers: by the names that lines use.
-
-    Attributes:
-        records: the lines.
-
-    Raises:
-        UsageError: if a line was written for something else, or cannot be read.
-    """
-
-    def __init__(self, path: Path, *, same: Record, solvers: Mapping[str, Solver]) -> None:
-        self.path, self.same, self.solvers = path, same, solvers
-        self.records: list[Record] = []
-        if not path.exists():
-            return
-        text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(complete.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(
-                    f"{path} must hold one JSON object per line, got line {number}"
-                ) from error
-            for key, value in same.items():
-                if record.get(key) != value:
-                    raise UsageError(
-                        f"run_dir must be empty or hold results of the same {key}, got "
-                        f"{record.get(key)!r} in {path}, now {value!r}"
-                    )
-            self.records.append(record)
-        if complete != text:  # killed while writing: that configuration is not finished
-            with path.open("r+", encoding="utf-8") as file:
-                file.truncate(len(complete.encode()))
-
-    def missing(self, configs: Sequence[DecodeConfig]) -> list[DecodeConfig]:
-        """The configurations that are still to be measured."""
-        done = [{key: record.get(key) for key in SETTINGS} for record in self.records]
-        return [config for config in configs if self._settings(config) not in done]
-
-    def append(self, config: DecodeConfig, record: Record) -> None:
-        """Write a configuration's line, through to the disk."""
-        record = self._settings(config) | record | self.same
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.records.append(record)
-
-    def _settings(self, config: DecodeConfig) -> Record:
-        return settings_of(config, self.solvers)
-
-
-SETTINGS = ("num_groups", "overlap", "steps", "order", "solver", "guidance")
-
-
-def settings_of(config: DecodeConfig, solvers: Mapping[str, Solver]) -> Record:
-    """A configuration as flat, plain values; the solver by its name."""
-    record = {name: getattr(config, name) for name in SETTINGS}
-    guidance = config.guidance
-    return record | {
-        "order": config.order if isinstance(config.order, str) else list(config.order),
-        "solver": next(name for name, solver in solvers.items() if solver == config.solver),
-        "guidance": guidance if isinstance(guidance, int | float) else guidance.scale,
-    }
-
-
-class Timings:
-    """`timings.json`: how the seconds of a configuration grow with its steps, measured once.
-
-    Args:
-        path: the file, which may exist.
-        measure: measures the offset and the slope of a configuration, in seconds.
-    """
-
-    def __init__(
-        self, path: Path, *, measure: Callable[[DecodeConfig], tuple[float, float]]
-    ) -> None:
-        self.path, self.measure = path, measure
-        self.fits = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def __call__(self, config: DecodeConfig) -> float:
-        """The seconds of a configuration."""
-        key = repr(replace(config, steps=1))
-        if key not in self.fits:
-            self.fits[key] = self.measure(config)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.fits, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.path)
-        offset, slope = self.fits[key]
-        return offset + slope * config.steps
-
-
 def _progress(todo: Sequence[DecodeConfig], total: int, *, show: bool) -> Any:
     """A bar over all configurations in a terminal; elsewhere lines alone."""
     done = total - len(todo)
@@ -294,77 +214,244 @@ def _summary(record: Record) -> str:
     return f"{config_label(record)}: {text}"
 
 
-def _default_folder(ckpt: Path) -> Path:
-    return ckpt / "bench" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-bench")
+def _folder(cfg: DictConfig) -> Path:
+    """Where the results go. What is in somebody else's run folder is not written through links."""
+    if cfg.run_dir is None:
+        ckpt = Path(cfg.ckpt)
+        folder = ckpt / "bench" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-bench")
+        refuse_links(folder)
+    elif cfg.run_dir == "":
+        raise UsageError("run_dir must be a folder or null, got ''")
+    else:
+        folder = Path(str(cfg.run_dir))
+    refuse_links(folder / RESULTS, folder / TIMINGS, folder / REPORT)
+    return folder
 
 
-def _solver(name: str, conf: Path) -> Solver:
-    leaf = conf / "solver" / f"{name}.yaml"
-    if not leaf.is_file():
-        known = ", ".join(sorted(path.stem for path in leaf.parent.glob("*.yaml")))
-        raise UsageError(f"bench.solver must be among {known}, got {name!r}")
-    return instantiate(OmegaConf.load(leaf))
+@contextmanager
+def _held(folder: Path, group: Processes) -> Iterator[None]:
+    """The folder, which exists and belongs to this job; removed again if nothing was written."""
+    if not group.is_main:
+        yield
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            if (folder / RESULTS).exists():
+                (folder / RESULTS).open("ab").close()
+        except OSError as error:
+            raise UsageError(
+                f"run_dir must be a folder that can be written, got {folder}: {reason(error)}"
+            ) from error
+        try:
+            remove_parts(folder)
+            yield
+        finally:
+            if missing and [path.name for path in folder.iterdir()] == [LOCK]:
+                with suppress(OSError):
+                    (folder / LOCK).unlink()
+                    for path in missing:
+                        path.rmdir()
 
 
-def _configs(
-    cfg: DictConfig, decoder: Decoder, solvers: Mapping[str, Solver]
-) -> list[DecodeConfig]:
-    swept, training = cfg.bench, decoder.training_distribution
-    return grid(
-        decoder.layout.num_tokens,
-        num_groups=list(swept.num_groups or training.num_groups),
-        overlap=[float(overlap) for overlap in swept.overlap],
-        steps=list(swept.steps),
-        joint_steps=[] if swept.match else list(swept.joint_steps),
-        order=list(swept.order or [str(training.orders[0])]),
-        solver=list(solvers.values()),
-        guidance=[float(guidance) for guidance in swept.guidance],
+@dataclass(frozen=True, kw_only=True)
+class _Sweep:
+    """The settings of a benchmark, each of them in range.
+
+    Attributes:
+        configs: what is decoded.
+        solvers: all known ones by their names, those of the sweep first.
+        match: the cost that is matched.
+        samples: per seed; None for as many as there are images.
+        seeds: of the noise.
+        batch_size: images decoded at a time.
+        pairs: images, at most, in metrics of pairs.
+        features: names of extractors.
+    """
+
+    configs: list[DecodeConfig]
+    solvers: dict[str, Solver]
+    match: Match | None
+    samples: int | None
+    seeds: list[int]
+    batch_size: int
+    pairs: int
+    features: list[str]
+
+
+def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
+    swept, layout = _plain(cfg, "bench"), decoder.layout
+    training = decoder.training_distribution
+    if not isinstance(cfg.progress, bool):
+        raise UsageError(f"progress must be true or false, got {cfg.progress!r}")
+    known = sorted(path.stem for path in (conf / "solver").glob("*.yaml"))
+    names = _values(swept, "solver", partial(_one_of, known=known))
+    # The report decodes samples of earlier lines too, which may have other solvers.
+    leaves = {name: conf / "solver" / f"{name}.yaml" for name in [*names, *known]}
+    solvers = {name: instantiate(OmegaConf.load(leaf)) for name, leaf in leaves.items()}
+    orders = swept.get("order")
+    if isinstance(orders, list) and orders and all(isinstance(item, int) for item in orders):
+        swept["order"] = [orders]  # one permutation
+    count = partial(whole_number, maximum=layout.num_tokens)
+    match = swept.get("match")
+    match = None if match is None else _one_of(match, "bench.match", known=MATCHES)
+    num_groups = _values(swept, "num_groups", count, default=list(training.num_groups))
+    if match is not None and 1 not in num_groups:
+        raise UsageError(f"bench.num_groups must hold 1 beside bench.match, got {num_groups}")
+    guidance = _values(swept, "guidance", finite_number)
+    if any(guidance) and not decoder.conditioning.num_classes:
+        raise UsageError(
+            f"bench.guidance must be 0 for a decoder without class labels, got {guidance}"
+        )
+    steps = _values(swept, "steps", whole_number)
+    joint = _values(swept, "joint_steps", whole_number, default=[], empty=True)
+    configs = grid(
+        layout.num_tokens,
+        num_groups=num_groups,
+        overlap=_values(swept, "overlap", partial(finite_number, minimum=0, maximum=1)),
+        steps=steps,
+        joint_steps=[] if match is not None else joint,
+        order=_values(
+            swept, "order", partial(_order, coords=layout.coords), default=[training.orders[0]]
+        ),
+        solver=[solvers[name] for name in names],
+        guidance=guidance,
+    )
+    seeds = _values(swept, "seeds", partial(whole_number, minimum=0, maximum=2**32 - 1))
+    if len(set(seeds)) != len(seeds):
+        raise UsageError(f"bench.seeds must be different numbers, got {seeds}")
+    samples = swept.get("samples")
+    if samples is not None:
+        samples = whole_number(samples, "bench.samples", minimum=MIN_IMAGES)
+    makers = _plain(cfg, "features")
+    features = _values(swept, "features", partial(_one_of, known=list(makers)))
+    for name in features:
+        if not isinstance(makers[name], dict) or "_target_" not in makers[name]:
+            raise UsageError(f"features.{name} must have a _target_, got {makers[name]!r}")
+    return _Sweep(
+        configs=configs,
+        solvers=solvers,
+        match=match,
+        samples=samples,
+        seeds=seeds,
+        batch_size=whole_number(swept.get("batch_size"), "bench.batch_size", minimum=2),
+        pairs=whole_number(swept.get("pairs"), "bench.pairs", minimum=MIN_IMAGES),
+        features=features,
     )
 
 
-def _evaluator(cfg: DictConfig, decoder: Decoder, group: Processes) -> Evaluator:
-    swept = cfg.bench
+def _plain(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """A group of settings as plain dictionaries and lists."""
+    if not OmegaConf.is_dict(cfg.get(name)):
+        raise UsageError(f"{name} must be a group of settings, got {cfg.get(name)!r}")
+    return {str(key): _contained(value) for key, value in cfg[name].items()}
+
+
+def _contained(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _values(
+    swept: Mapping[str, Any],
+    name: str,
+    check: Callable[[Any, str], Any],
+    *,
+    default: Any = None,
+    empty: bool = False,
+) -> list[Any]:
+    """The values of a setting, which may be one or a list, each of them checked."""
+    value = swept.get(name)
+    value = default if value is None else value
+    values = value if isinstance(value, list) else [value]
+    if not values and not empty:
+        raise UsageError(f"bench.{name} must hold at least one value, got none")
+    return [check(item, f"bench.{name}") for item in values]
+
+
+def _one_of(value: Any, name: str, *, known: Sequence[str]) -> Any:
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{name} must be among {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _order(value: Any, name: str, *, coords: torch.Tensor) -> Order:
+    if not isinstance(value, str):
+        items = value if isinstance(value, list | tuple) else [value]
+        highest = len(coords) - 1
+        value = tuple(whole_number(item, name, minimum=0, maximum=highest) for item in items)
+    try:
+        decode_order(value, coords)
+    except UsageError as error:  # its message begins with the word "order"
+        raise UsageError(f"bench.{error}") from error
+    return value
+
+
+def _evaluator(cfg: DictConfig, sweep: _Sweep, decoder: Decoder, group: Processes) -> Evaluator:
     data = instantiate(_data(cfg), _convert_="all")
     with group.main_first():
         image, label = data.image, data.label
     shape = tuple(decoder.layout.image_shape)
     if image.shape[1:] != shape:
-        raise UsageError(f"data must be images of {shape}, as the decoder's, got {image.shape[1:]}")
-    seeds = list(swept.seeds)
-    samples = len(image) if swept.samples is None else swept.samples
-    for name, value in (("samples", samples), ("batch_size", swept.batch_size)):
-        if not isinstance(value, int) or value < 2:
-            raise UsageError(f"bench.{name} must be a whole number of 2 or more, got {value!r}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"bench.seeds must be one or more different numbers, got {seeds}")
+        found = tuple(image.shape[1:])
+        raise UsageError(f"data must be images of {shape}, as the decoder's, got {found}")
+    if len(image) < MIN_IMAGES:
+        raise UsageError(f"data must hold {MIN_IMAGES} images or more, got {len(image)}")
+    classes = decoder.conditioning.num_classes
+    if classes and not 0 <= label.min() <= label.max() < classes:
+        raise UsageError(
+            f"data must have labels in 0 … {classes - 1}, as the decoder's, got "
+            f"{label.min()} … {label.max()}"
+        )
     extractors = {}
-    for name in swept.features:
-        if name not in cfg.features:
-            raise UsageError(f"bench.features must be among {list(cfg.features)}, got {name!r}")
+    for name in _usable(cfg, sweep.features, image, label):
         with group.main_first():
             made = _extractor(cfg.features[name], image, label, name=name)
         extractors[made.name] = made.to(decoder.device)
     return Evaluator(
         decoder=decoder,
         image=image,
-        label=label if decoder.conditioning.num_classes else None,
+        label=label if classes else None,
         extractors=extractors,
         features={
             n: extract_features(image, e, device=decoder.device) for n, e in extractors.items()
         },
-        samples=samples,
-        seeds=seeds,
-        batch_size=swept.batch_size,
-        pairs=swept.pairs,
+        samples=len(image) if sweep.samples is None else sweep.samples,
+        seeds=sweep.seeds,
+        batch_size=sweep.batch_size,
+        pairs=sweep.pairs,
         dtype=named_dtype(cfg.dtype),
         processes=group,
     )
+
+
+def _usable(
+    cfg: DictConfig, names: Sequence[str], image: torch.Tensor, label: torch.Tensor
+) -> list[str]:
+    """The extractors without a classifier that cannot be trained on these data."""
+    classifier = f"{train_classifier.__module__}.{train_classifier.__name__}"
+    why = unclassifiable(image, label)
+    if why is None:
+        return list(names)
+    kept = [n for n in names if OmegaConf.select(cfg.features, f"{n}._target_") != classifier]
+    left_out = ", ".join(name for name in names if name not in kept)
+    if not kept:
+        raise UsageError(
+            f"bench.features must hold another than {left_out} for these data: {why}; say "
+            "bench.features=pixels"
+        )
+    if left_out:
+        warn_user(f"bench.features leaves out {left_out}, which needs other data: {why}")
+    return kept
 
 
 def _extractor(
     cfg: DictConfig, image: torch.Tensor, label: torch.Tensor, *, name: str
 ) -> Extractor:
     made = instantiate(cfg)
+    if not callable(made):
+        raise UsageError(f"features.{name} must make a module from images to features, got {made}")
     if not isinstance(made, nn.Module):  # a function that trains one on the data
         made = made(image, label)
     return as_extractor(made, name=name)
@@ -384,20 +471,17 @@ def _data(cfg: DictConfig) -> Any:
     return OmegaConf.create({RENAMED_DATA.get(key, key): data[key] for key in data})
 
 
-def _matched(
-    match: Any, configs: list[DecodeConfig], evaluator: Evaluator, *, folder: Path
-) -> list[DecodeConfig]:
+def _matched(sweep: _Sweep, evaluator: Evaluator, *, folder: Path) -> list[DecodeConfig]:
     decoder = evaluator.decoder
     num_tokens, causal = decoder.layout.num_tokens, decoder.backbone.causal
-    if match not in ("nfe", "tokens", "seconds"):
-        raise UsageError(f"bench.match must be nfe, tokens or seconds, got {match!r}")
     if not evaluator.processes.is_main:
         return []
-    if match == "seconds":
+    if sweep.match == "seconds":
         # Kept in a file: new timings would give a resumed benchmark other steps.
-        return match_cost(configs, Timings(folder / "timings.json", measure=_seconds(evaluator)))
-    which = 0 if match == "nfe" else 1
-    return match_cost(configs, lambda c: expected_cost(c, num_tokens, causal=causal)[which])
+        timings = Timings(folder / TIMINGS, measure=_seconds(evaluator))
+        return match_cost(sweep.configs, timings)
+    which = 0 if sweep.match == "nfe" else 1
+    return match_cost(sweep.configs, lambda c: expected_cost(c, num_tokens, causal=causal)[which])
 
 
 def _seconds(evaluator: Evaluator) -> Callable[[DecodeConfig], tuple[float, float]]:
@@ -421,6 +505,7 @@ def _seconds(evaluator: Evaluator) -> Callable[[DecodeConfig], tuple[float, floa
 def _same(evaluator: Evaluator, cfg: DictConfig) -> Record:
     """What makes two lines comparable."""
     return {
+        "method": METHOD,
         "checkpoint": short_hash(evaluator.decoder.state_dict()),
         "reference": short_hash({"image": evaluator.image}),
         "extractors": {name: e.hash for name, e in evaluator.extractors.items()},
@@ -436,7 +521,7 @@ def _same(evaluator: Evaluator, cfg: DictConfig) -> Record:
 def _provenance(evaluator: Evaluator, cfg: DictConfig) -> Record:
     """What else is worth knowing about a line."""
     return {
-        "ckpt": Path(cfg.ckpt).name,
+        "ckpt": "".join(c if c.isprintable() else "?" for c in Path(cfg.ckpt).name),
         "data": _data(cfg)["_target_"],
         "reference_images": len(evaluator.image),
         "match": cfg.bench.match,
