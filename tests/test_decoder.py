@@ -310,7 +310,7 @@ def test_one_type_holds_the_settings(make):
     *_, last = decoder.stream(LABEL, other, seed=0, num_groups=4)
     assert torch.equal(last.image, image)
     for call in (decoder.decode, decoder.stream):
-        with pytest.raises(TypeError, match="num_group'"):
+        with pytest.raises(ValueError, match="got 'num_group'; did you mean num_groups"):
             call(LABEL, num_group=4)
 
 

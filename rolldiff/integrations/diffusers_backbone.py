@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import ClassLabels, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, Patches
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, instance, whole_number
 from rolldiff.nn.denoiser import Backbone
 
 try:
@@ -102,6 +102,7 @@ class DiffusersBackbone(Backbone):
         super().__init__()
         if not isinstance(layout, Patches):
             raise UsageError(f"layout must be Patches, got {type(layout).__name__}")
+        instance(network, nn.Module | Network, "network", "a network of diffusers or a Network")
         described = network if isinstance(network, Network) else Network.of(network)
         network = network.build() if isinstance(network, Network) else network
         self.is_transformer = described.name == "DiTTransformer2DModel"
@@ -113,7 +114,9 @@ class DiffusersBackbone(Backbone):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
         rows, known = _class_rows(network)
-        num_classes = known if num_classes is None else num_classes
+        num_classes = (
+            known if num_classes is None else whole_number(num_classes, "num_classes", minimum=0)
+        )
         if not min(rows, 1) <= num_classes <= rows:
             raise UsageError(
                 f"num_classes must be in {min(rows, 1)} … {rows}, the rows of the network's "
