@@ -49,6 +49,7 @@ __all__ = [
 
 EXPECTED = "a ClassLabels, a TokenGrid, a TokenSequence, or several by name in a dictionary"
 MAX_INDICES = 2**24  # classes, codes or channels: more are a mistake
+MAX_CONDITIONS = 16
 
 
 class Masked(NamedTuple):
@@ -510,6 +511,10 @@ class Conditioning:
             instance(name, str, "each of names", "text")
         for part in parts:
             instance(part, Condition, "condition", EXPECTED)
+        if len(names) > MAX_CONDITIONS:
+            raise UsageError(
+                f"conditions must be at most {MAX_CONDITIONS} for one decoder, got {len(names)}"
+            )
         if len(names) != len(parts) or len(set(names)) != len(names):
             raise UsageError(
                 f"names must hold a name of its own for each of {len(parts)} conditions, got "

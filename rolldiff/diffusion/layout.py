@@ -17,7 +17,7 @@ from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, wh
 
 __all__ = ["MAX_TOKENS", "Layout", "Patches", "check_layout", "image_sides", "same_layout"]
 
-MAX_TOKENS = 2**22  # an image of 2048 x 2048 pixels, each a token
+MAX_TOKENS = 2**20  # an image of 1024 x 1024 pixels, each a token
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ class Patches:
 
     Raises:
         UsageError: if a size is below 1, `patch` does not divide the image, or the image has more
-            than 2^22 tokens.
+            than 2^20 tokens.
     """
 
     image_size: int | Sequence[int]

@@ -75,7 +75,7 @@ class LogitNormal:
 
 Density = Uniform | LogitNormal
 
-MAX_ENTRIES = 2**24  # of the tables of a training distribution
+MAX_SETTINGS, MAX_ENTRIES = 4096, 2**24  # orders or group counts, and numbers in their tables
 
 
 def _check_density(density: object) -> None:
@@ -267,6 +267,11 @@ class TrainingDistribution:
         orders = sequence(self.orders, "orders", "decode orders")
         if not orders:
             raise UsageError("orders must hold at least one order, got none")
+        if max(len(orders), len(self.num_groups)) > MAX_SETTINGS:
+            raise UsageError(
+                f"num_groups and orders must hold at most {MAX_SETTINGS} each, got "
+                f"{len(self.num_groups)} and {len(orders)}"
+            )
         plain = tuple(check_order(order, "each of orders") for order in orders)
         object.__setattr__(self, "orders", plain)
         instance(self.times, TimestepSampler, "times", "a sampler such as Independent()")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import ClassLabels, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, Patches
-from rolldiff.errors import UsageError, instance, whole_number
+from rolldiff.errors import UsageError, instance, sequence, whole_number
 from rolldiff.nn.denoiser import Backbone
 
 try:
@@ -51,6 +51,23 @@ class Network:
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
             raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {self.name!r}")
+        pairs = tuple(sequence(self.settings, "settings", "pairs of name and value"))
+        for pair in pairs:
+            if len(sequence(pair, "each of settings", "a name and a value")) != 2:
+                raise UsageError(f"each of settings must be a name and a value, got {pair}")
+            _check_setting(*pair)
+        settings = dict(pairs)
+        side = settings.get("sample_size") or 32
+        tokens = (side if isinstance(side, int) else max(side, default=1)) ** 2
+        heads, size = (
+            settings.get(name) or 1 for name in ("num_attention_heads", "attention_head_dim")
+        )
+        if isinstance(heads, int) and isinstance(size, int) and tokens * heads * size > 2**31:
+            raise UsageError(
+                f"sample_size must suit the memory for its positions, got {side} with "
+                f"{heads * size} channels"
+            )
+        object.__setattr__(self, "settings", pairs)
 
     @classmethod
     def of(cls, network: nn.Module) -> "Network":
@@ -66,6 +83,16 @@ class Network:
     def build(self) -> nn.Module:
         """The network."""
         return getattr(diffusers, self.name)(**dict(self.settings))
+
+
+def _check_setting(name: Any, value: Any) -> None:
+    """Refuse sizes that no network has, so that building one cannot take hours or all memory."""
+    instance(name, str, "each name in settings", "text")
+    items = sequence(value, name, "values") if isinstance(value, list | tuple) else [value]
+    largest = 100 if "layers" in name else 2**20
+    for item in items:
+        if (isinstance(item, int) and item > largest) or len(items) > 32:
+            raise UsageError(f"{name} must be at most {largest}, 32 of them, got {value}")
 
 
 class _Context(NamedTuple):

@@ -70,6 +70,11 @@ class Encoder(nn.Module):
             raise UsageError(
                 f"factor must be a power of 2 that divides the image {size}, got {factor}"
             )
+        if depth * factor.bit_length() > MAX_DEPTH:
+            raise UsageError(
+                f"depth must give at most {MAX_DEPTH} blocks in all, got {depth} at each of "
+                f"{factor.bit_length()} resolutions"
+            )
         self.config = {
             "image_size": list(size),
             "in_channels": in_channels,
