@@ -20,8 +20,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rolldiff.diffusion.layout import Layout
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.layout import MAX_TOKENS, Layout
+from rolldiff.errors import (
+    FLOATS,
+    WHOLE,
+    UsageError,
+    dense_tensor,
+    instance,
+    known_names,
+    reason,
+    sequence,
+    whole_number,
+)
 
 __all__ = [
     "ClassLabels",
@@ -36,6 +46,10 @@ __all__ = [
     "TokenSequence",
     "concat",
 ]
+
+EXPECTED = "a ClassLabels, a TokenGrid, a TokenSequence, or several by name in a dictionary"
+MAX_INDICES = 2**24  # classes, codes or channels: more are a mistake
+MAX_CONDITIONS = 16
 
 
 class Masked(NamedTuple):
@@ -138,8 +152,8 @@ class ClassLabels(Condition):
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.num_classes < 0:
-            raise UsageError(f"num_classes must be 0 or more, got {self.num_classes}")
+        num_classes = whole_number(self.num_classes, "num_classes", minimum=0, maximum=MAX_INDICES)
+        object.__setattr__(self, "num_classes", num_classes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,7 +167,7 @@ class ClassLabels(Condition):
         *,
         name: str = "cond",
     ) -> Masked:
-        label = _indices(torch.as_tensor(value, device=device), self.num_classes, name)
+        label = _indices(_as_tensor(value, device, name), self.num_classes, name)
         return _present(label.expand(batch) if label.ndim == 0 else label, (batch,), name=name)
 
     def null(self, batch: int, device: torch.device) -> Masked:
@@ -205,9 +219,14 @@ class TokenGrid(Condition):
     channels: int = 0
 
     def __post_init__(self) -> None:
-        _check_kind(self.codebook_size, self.channels)
-        if min(self.height, self.width) < 1:
-            raise UsageError(f"height and width must be 1 or more, got {self.height, self.width}")
+        _check_kind(self)
+        object.__setattr__(self, "height", whole_number(self.height, "height"))
+        object.__setattr__(self, "width", whole_number(self.width, "width"))
+        if self.height * self.width > MAX_TOKENS:
+            raise UsageError(
+                f"height and width must give at most {MAX_TOKENS} cells, got {self.height} and "
+                f"{self.width}"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,7 +235,7 @@ class TokenGrid(Condition):
     def validate(
         self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
     ) -> Masked:
-        tokens = _tokens(torch.as_tensor(value, device=device), self.codebook_size, name)
+        tokens = _tokens(_as_tensor(value, device, name), self.codebook_size, name)
         return _present(tokens, (batch, *self.shape), channels=self.channels, name=name)
 
     def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
@@ -240,6 +259,11 @@ class GridEmbedder(Embedder):
         rows = _cells_under(grid.height, row, "height")
         columns = _cells_under(grid.width, column, "width")
         # [N, cells per token]: all cells of the token's rows and columns.
+        if len(row) * rows.shape[1] * columns.shape[1] > 4 * MAX_TOKENS:
+            raise UsageError(
+                f"a grid must not be much larger than the image in tokens in one direction only, "
+                f"got {grid}"
+            )
         index = (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
         self.register_buffer("index", index, persistent=False)
         self.tokens = _TokenEmbedding(grid.codebook_size, grid.channels, width)
@@ -262,7 +286,9 @@ def _cells_under(size: int, place: Int[Tensor, " N"], name: str) -> Int[Tensor, 
             f"{name} of a grid must be a divisor or a multiple of the image's in tokens "
             f"({num_tokens}), got {size}"
         )
-    return (place * size // num_tokens)[:, None] + torch.arange(max(1, size // num_tokens))
+    return (place * size // num_tokens)[:, None] + torch.arange(
+        max(1, size // num_tokens), device=place.device
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,11 +319,12 @@ class TokenSequence(Condition):
     ahead: int | None = None
 
     def __post_init__(self) -> None:
-        _check_kind(self.codebook_size, self.channels)
-        if self.length < 1 or (self.ahead is not None and self.ahead < 0):
-            raise UsageError(
-                f"length must be 1 or more and ahead 0 or more, got {self.length} and {self.ahead}"
-            )
+        _check_kind(self)
+        length = whole_number(self.length, "length", maximum=MAX_TOKENS)
+        object.__setattr__(self, "length", length)
+        if self.ahead is not None:
+            ahead = whole_number(self.ahead, "ahead", minimum=0, maximum=MAX_TOKENS)
+            object.__setattr__(self, "ahead", ahead)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -306,7 +333,7 @@ class TokenSequence(Condition):
     def validate(
         self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
     ) -> Masked:
-        tokens = _tokens(torch.as_tensor(value, device=device), self.codebook_size, name)
+        tokens = _tokens(_as_tensor(value, device, name), self.codebook_size, name)
         length = tokens.shape[1] if tokens.ndim > 1 else 0
         if not 1 <= length <= self.length:
             expected = (batch, f"1 … {self.length}", *_trailing(self.channels))
@@ -381,10 +408,14 @@ class _TokenEmbedding(nn.Module):
         return self.embed(value).where(mask[..., None], self.null)
 
 
-def _check_kind(codebook_size: int, channels: int) -> None:
-    if (codebook_size > 0) == (channels > 0) or min(codebook_size, channels) < 0:
+def _check_kind(spec: "TokenGrid | TokenSequence") -> None:
+    for name in ("codebook_size", "channels"):
+        size = whole_number(getattr(spec, name), name, minimum=0, maximum=MAX_INDICES)
+        object.__setattr__(spec, name, size)
+    if (spec.codebook_size > 0) == (spec.channels > 0):
         raise UsageError(
-            f"either codebook_size or channels must be above 0, got {codebook_size} and {channels}"
+            "either codebook_size or channels must be above 0, got "
+            f"{spec.codebook_size} and {spec.channels}"
         )
 
 
@@ -392,22 +423,40 @@ def _trailing(channels: int) -> tuple[int, ...]:
     return (channels,) if channels else ()
 
 
+def _as_tensor(value: Any, device: torch.device, name: str) -> Tensor:
+    """What a user passes as numbers: a tensor, an array, or lists of numbers."""
+    if _holds_boolean(value):
+        raise UsageError(f"{name} must hold numbers, got booleans")
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(
+            f"{name} must be a tensor, an array or numbers, got a {type(value).__name__}: "
+            f"{reason(error)}"
+        ) from error
+
+
+def _holds_boolean(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_boolean(item) for item in value)
+    return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+
+
 def _tokens(value: Tensor, codebook_size: int, name: str) -> Tensor:
     if codebook_size:
         return _indices(value, codebook_size, name)
-    if not value.is_floating_point():
-        raise UsageError(f"{name} must be floating point, got {value.dtype}")
+    if not dense_tensor(value, name, FLOATS).isfinite().all():
+        raise UsageError(f"{name} must be finite, got NaN or infinity")
     return value
 
 
 def _indices(value: Tensor, size: int, name: str) -> Tensor:
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise UsageError(f"{name} must hold whole numbers, got {value.dtype}")
+    value = dense_tensor(value, name, WHOLE).long()
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
         raise UsageError(
             f"{name} must be in 0 … {size - 1}, got {int(value.min())} … {int(value.max())}"
         )
-    return value.long()
+    return value
 
 
 def _present(value: Tensor, shape: tuple[int, ...], *, channels: int = 0, name: str) -> Masked:
@@ -426,7 +475,7 @@ def _absent(shape: tuple[int, ...], channels: int, device: torch.device) -> Mask
 def _piece(
     spec: TokenGrid | TokenSequence, piece: Any, batch: int, *, device: torch.device, name: str
 ) -> Tensor:
-    value = _tokens(torch.as_tensor(piece, device=device), spec.codebook_size, name)
+    value = _tokens(_as_tensor(piece, device, name), spec.codebook_size, name)
     length = value.shape[1] if value.ndim > 1 else 0
     if not length or value.shape != (batch, length, *_trailing(spec.channels)):
         expected = ", ".join(map(str, (batch, "k", *_trailing(spec.channels))))
@@ -447,21 +496,49 @@ class Conditioning:
     Args:
         names: of the conditions; a single one is called `cond`.
         parts: the conditions.
+
+    Raises:
+        UsageError: if they are something else, or names are missing or repeated.
     """
 
     names: tuple[str, ...] = ()
     parts: tuple[Condition, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = tuple(sequence(self.names, "names", "names"))
+        parts = tuple(sequence(self.parts, "parts", "conditions"))
+        for name in names:
+            instance(name, str, "each of names", "text")
+        for part in parts:
+            instance(part, Condition, "condition", EXPECTED)
+        if len(names) > MAX_CONDITIONS:
+            raise UsageError(
+                f"conditions must be at most {MAX_CONDITIONS} for one decoder, got {len(names)}"
+            )
+        if len(names) != len(parts) or len(set(names)) != len(names):
+            raise UsageError(
+                f"names must hold a name of its own for each of {len(parts)} conditions, got "
+                f"{', '.join(names)}"
+            )
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "parts", parts)
+
     @classmethod
     def of(
         cls, condition: "Condition | Mapping[str, Condition] | Conditioning | None"
     ) -> "Conditioning":
-        """From what a user passes to a constructor; labels of no class are no condition."""
+        """From what a user passes to a constructor; labels of no class are no condition.
+
+        Raises:
+            UsageError: if it is something else.
+        """
         if isinstance(condition, Conditioning):
             return condition
         if condition is None:
             return cls()
         named = condition if isinstance(condition, Mapping) else {"cond": condition}
+        for part in named.values():
+            instance(part, Condition, "condition", EXPECTED)
         kept = {name: part for name, part in named.items() if part != ClassLabels(0)}
         return cls(tuple(kept), tuple(kept.values()))
 
@@ -485,20 +562,34 @@ class Conditioning:
         if not self.parts:
             raise UsageError("cond must be None: this decoder was built without a condition")
         if isinstance(cond, Mapping):
-            if unknown := [name for name in cond if name not in self.names]:
-                raise UsageError(f"cond must be among {', '.join(self.names)}, got {unknown}")
+            known_names(cond, self.names, "cond")
             return {name: value for name, value in cond.items() if value is not None}
         if len(self.parts) > 1:
-            raise UsageError(f"cond must be a dictionary of {', '.join(self.names)}, got {cond}")
+            raise UsageError(
+                f"cond must be a dictionary of {', '.join(self.names)}, got a {type(cond).__name__}"
+            )
         return {self.names[0]: cond}
 
     def count(self, cond: Any) -> int | None:
-        """The number of examples that a condition is passed for; None if it does not say."""
-        for name, value in self.split(cond).items():
-            part = self.parts[self.names.index(name)]
-            ndim = value.ndim if isinstance(value, Tensor) else torch.as_tensor(value).ndim
-            if ndim > 0 or part.shape:
-                return len(value)
+        """The number of examples that a condition is passed for; None if it does not say.
+
+        Raises:
+            UsageError: if only an iterator is passed, or what cannot be a condition.
+        """
+        split = self.split(cond)
+        for name, value in split.items():
+            if isinstance(value, Iterator):
+                continue
+            device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+            tensor = _as_tensor(value, device, self.label_of(name))
+            if tensor.ndim > 0:
+                return len(tensor)
+        for name, value in split.items():
+            if isinstance(value, Iterator):
+                raise UsageError(
+                    "num_images must be given with a condition that arrives piece by piece, got "
+                    f"an iterator for {self.label_of(name)} and no num_images"
+                )
         return None
 
     def validate(self, cond: Any, batch: int, device: torch.device) -> dict[str, Masked]:

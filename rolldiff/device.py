@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import FLOATS, UsageError
 
 __all__ = ["compile_in_place", "named_device", "named_dtype"]
 
@@ -12,22 +12,32 @@ def named_device(name: str | None) -> torch.device:
     """A device by its name; None selects a GPU if one is available.
 
     Raises:
-        UsageError: if torch does not know the name.
+        UsageError: if torch does not know the name, or there is no such device here.
     """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"device must be a device of torch such as cpu, got {name!r}") from error
+        device = torch.device(name if isinstance(name, str) else "")
+        if device.type != "meta":
+            torch.empty(0, device=device)
+            return device
+    except Exception as error:  # backends that are not there raise whatever they like
+        raise UsageError(
+            f"device must be a device of torch that is available here, such as cpu, got {name!r}"
+        ) from error
+    raise UsageError(f"device must be a device that holds numbers, such as cpu, got {name!r}")
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:
     """The type that the network computes in, by its name in torch; None leaves the choice.
 
     Raises:
-        UsageError: if torch has no such type.
+        UsageError: if torch has no such floating-point type.
     """
-    dtype = None if name is None else getattr(torch, str(name), name)
-    if not (dtype is None or isinstance(dtype, torch.dtype)):
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if dtype not in FLOATS:
         raise UsageError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
     return dtype
 

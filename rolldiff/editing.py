@@ -9,17 +9,16 @@ decoder.decode(cond, num_groups=4, noise=torch.where(mask, fresh, noise))   # a 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rolldiff.decoder import DecodeConfig, Decoder, check_image
+from rolldiff.decoder import DecodeConfig, Decoder, check_image, configured
 from rolldiff.diffusion.sampler import Euler
 from rolldiff.diffusion.schedule import decode_order
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
 
 __all__ = ["group_mask", "invert", "row_mask"]
 
@@ -30,8 +29,12 @@ def row_mask(image: Float[Tensor, "B C H W"], start: int, stop: int) -> Bool[Ten
     Raises:
         UsageError: if there are no such rows.
     """
+    if dense_tensor(image, "image").ndim != 4:
+        raise UsageError(f"image must have shape (B, C, H, W), got {tuple(image.shape)}")
     height, width = image.shape[2:]
-    if not 0 <= start < stop <= height:
+    start = whole_number(start, "start", minimum=0)
+    stop = whole_number(stop, "stop", minimum=0)
+    if not start < stop <= height:
         raise UsageError(f"rows must be start … stop within 0 … {height}, got {start} … {stop}")
     mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
     mask[start:stop] = True
@@ -55,14 +58,16 @@ def group_mask(
     Raises:
         UsageError: if there is no such group.
     """
-    config = replace(config or DecodeConfig(), **overrides)
-    if any(not 0 <= group < config.num_groups for group in groups):
-        raise UsageError(f"groups must be in 0 … {config.num_groups - 1}, got {list(groups)}")
+    instance(decoder, Decoder, "decoder", "a Decoder")
+    config = configured(config, overrides)
+    chosen = whole_numbers(groups, "groups", minimum=0)
+    if any(group >= config.num_groups for group in chosen):
+        raise UsageError(f"groups must be in 0 … {config.num_groups - 1}, got {list(chosen)}")
     layout = decoder.layout
     schedule = config.schedule(num_tokens=layout.num_tokens)
-    chosen = torch.isin(schedule.group, torch.tensor(list(groups)))
-    tokens = torch.zeros(layout.num_tokens)
-    tokens[decode_order(config.order, layout.coords)] = chosen.float()
+    moved = torch.isin(schedule.group, torch.tensor(chosen, dtype=torch.long, device="cpu"))
+    tokens = torch.zeros(layout.num_tokens, device="cpu")
+    tokens[decode_order(config.order, layout.coords)] = moved.float()
     image = layout.image(tokens[None, :, None].expand(1, -1, layout.token_dim))
     return (image[0].amax(0) > 0).to(decoder.device)
 
@@ -94,14 +99,14 @@ def invert(
     Raises:
         UsageError: if the image has the wrong shape, or a setting is out of range.
     """
-    config = replace(config or DecodeConfig(), **overrides)
+    instance(decoder, Decoder, "decoder", "a Decoder")
+    config = configured(config, overrides, others=("iterations",))
     if config.overlap != 0 or config.solver != Euler():
         raise UsageError(
             "config must have overlap 0 and the solver Euler() to be inverted, got overlap "
             f"{config.overlap} and {config.solver}"
         )
-    if iterations < 1:
-        raise UsageError(f"iterations must be 1 or more, got {iterations}")
+    iterations = whole_number(iterations, "iterations")
     image = check_image(image, decoder.layout, unbounded=True)
     image = image.to(decoder.device, decoder.state_dtype)
     run = decoder.prepare(cond, config, num_images=len(image), seed=0)

@@ -1,18 +1,38 @@
-"""Errors and warnings that are meant for users, and the checks of plain numbers that raise them."""
+"""Errors and warnings that are meant for users, and the checks of plain values that raise them."""
 
+import difflib
 import math
 import operator
 import sys
 import warnings
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils import _contextlib as contextlib
 
-__all__ = ["UsageError", "finite_number", "reason", "warn_user", "whole_number"]
+__all__ = [
+    "UsageError",
+    "boolean",
+    "dense_tensor",
+    "finite_number",
+    "instance",
+    "known_names",
+    "reason",
+    "sequence",
+    "warn_user",
+    "whole_number",
+    "whole_numbers",
+]
 
 # Frames that are not the user's: this package, torch's decorators, and generated code ("<string>").
 SKIPPED = (str(Path(__file__).parent), str(Path(contextlib.__file__)), "<")
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+WHOLE = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class UsageError(ValueError):
@@ -87,6 +107,116 @@ def finite_number(
     return number
 
 
+def whole_numbers(
+    value: Any, name: str, *, minimum: int = 1, maximum: int | None = None
+) -> tuple[int, ...]:
+    """Several whole numbers, in a list, a tuple, an array or a tensor; see `whole_number`.
+
+    Args:
+        value: what a user passed.
+        name: what the user calls it.
+        minimum: the smallest allowed value.
+        maximum: the largest; None for no limit.
+
+    Raises:
+        UsageError: if it is not a sequence, or something in it is not such a number.
+    """
+    each = f"each of {name}"
+    return tuple(
+        whole_number(item, each, minimum=minimum, maximum=maximum)
+        for item in sequence(value, name, "whole numbers")
+    )
+
+
+def sequence(value: Any, name: str, of: str) -> list[Any]:
+    """What a list, a tuple, or an array or tensor of one dimension holds; not text.
+
+    Args:
+        value: what a user passed.
+        name: what the user calls it.
+        of: what it should hold, such as "whole numbers".
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    plain = isinstance(value, Collection) and not isinstance(
+        value, str | bytes | bytearray | Mapping | Set
+    )
+    if not plain or getattr(value, "ndim", 1) != 1:
+        raise UsageError(f"{name} must be a sequence of {of}, got {_shown(value)}")
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def boolean(value: Any, name: str) -> bool:
+    """True or False as a `bool`; those of NumPy are accepted, numbers and text are not.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    if not (_is_boolean(value) and getattr(value, "ndim", 0) == 0):
+        raise UsageError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
+
+
+def instance(value: Any, kinds: Any, name: str, expected: str) -> Any:
+    """The value itself, if it is an instance of a class or of one of several.
+
+    Args:
+        value: what a user passed.
+        kinds: as in `isinstance`.
+        name: what the user calls it.
+        expected: what would be right, such as "a Solver such as Euler()".
+
+    Raises:
+        UsageError: if it is not.
+    """
+    if isinstance(value, type) or not isinstance(value, kinds):
+        raise UsageError(f"{name} must be {expected}, got {_shown(value)}")
+    return value
+
+
+def known_names(given: Iterable[Any], allowed: Collection[str], of: str) -> None:
+    """Refuse names that do not exist, and say which are near.
+
+    Args:
+        given: the names that a user passed.
+        allowed: those that exist.
+        of: what they are called, such as "arguments of decode".
+
+    Raises:
+        UsageError: if one of them does not exist.
+    """
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{of} must be among {', '.join(allowed)}, got {name!r}{hint}")
+
+
+def dense_tensor(value: Any, name: str, dtypes: Collection[torch.dtype] = FLOATS) -> Tensor:
+    """The value itself, if it is a tensor of one of some types that holds its numbers in memory.
+
+    Args:
+        value: what a user passed.
+        name: what the user calls it.
+        dtypes: `FLOATS`, `WHOLE` or others.
+
+    Raises:
+        UsageError: if it is another object, such as a NumPy array, or a tensor of another kind.
+    """
+    if not isinstance(value, Tensor):
+        hint = "; convert it by torch.from_numpy" if hasattr(value, "__array__") else ""
+        raise UsageError(f"{name} must be a tensor, got a {type(value).__name__}{hint}")
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        kind = "meta" if value.is_meta else str(value.layout)
+        raise UsageError(f"{name} must be a dense tensor, got a {kind} tensor")
+    if value.dtype not in dtypes:
+        words = {FLOATS: "be floating point", WHOLE: "hold whole numbers"}
+        expected = words.get(tuple(dtypes)) or f"have type {' or '.join(map(str, dtypes))}"
+        raise UsageError(f"{name} must {expected}, got {value.dtype}")
+    return value
+
+
 def reason(error: BaseException) -> str:
     """The start of another library's error message on one line, or the error's type if it is empty.
 
@@ -105,7 +235,7 @@ def warn_user(message: str) -> None:
 
 
 def _is_boolean(value: Any) -> bool:
-    dtype = str(getattr(value, "dtype", ""))  # of NumPy or torch, neither of which is imported here
+    dtype = str(getattr(value, "dtype", ""))  # of NumPy or torch
     return isinstance(value, bool) or dtype in ("bool", "torch.bool")
 
 

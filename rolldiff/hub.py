@@ -2,36 +2,62 @@
 
 `model.safetensors` holds the weights, and `config.json` plain data: `_target_` dictionaries as
 Hydra reads them, which name classes by the paths that users import them from (`rolldiff.Patches`).
-Nothing is unpickled. Only the classes in `PUBLIC` are built, and those of other libraries that the
-caller lists by their exact names; all names are looked up before anything is built.
+
+Files may come from somebody else, so reading them runs nothing that they hold. Nothing is unpickled
+but plain containers and tensors. Only the classes in `PUBLIC` are built, none of which does more
+than to hold numbers, and those of other libraries that the caller lists by their exact names. All
+names are looked up before anything is built. The configuration is built without memory for weights
+first and compared with the names, shapes and types in the file, so that neither can ask for more
+than the file holds.
 
 Files written by earlier versions are read through three tables: `MOVED` (classes), `RENAMED`
 (constructor arguments) and `RENAMED_WEIGHTS`.
 """
 
 import dataclasses
+import errno
+import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rolldiff.errors import UsageError, reason
+from rolldiff.errors import FLOATS, UsageError, instance, reason, sequence
+from rolldiff.files import written_whole
 
 __all__ = ["Pretrained", "build", "describe", "read_checkpoint"]
 
 M = TypeVar("M", bound="Pretrained")
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HASH = "sha256"  # in the metadata of the weights
+
+# Limits of a configuration: bytes, nested containers, values, and classes among them.
+MAX_BYTES, MAX_LEVELS, MAX_VALUES, MAX_CLASSES = 2**24, 32, 2**20, 1000
+
+# The types of safetensors that a module may hold.
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 # The classes that a file may name: the path in the file, and where the class is defined.
 PUBLIC = {
@@ -137,8 +163,11 @@ def describe(part: Any) -> Any:
     trust it.
 
     Raises:
-        UsageError: if the part is neither, or its class is not at the top level of its module.
+        UsageError: if the part is neither, its class is not at the top level of its module, or a
+            number is not finite.
     """
+    if isinstance(part, float) and not math.isfinite(part):
+        raise UsageError(f"a configuration must hold finite numbers, got {part}")
     if part is None or isinstance(part, bool | int | float | str):
         return part
     if isinstance(part, list | tuple):
@@ -168,13 +197,51 @@ def build(config: Any, *, trusted: Collection[str] = ()) -> Any:
         trusted: dotted names of classes of other libraries that it may name.
 
     Raises:
-        UsageError: if it names any other class, before anything is built; or if it does not fit
-            what it names.
+        UsageError: if it holds other than plain values, or names any other class, before anything
+            is built; or if it does not fit what it names.
     """
-    if isinstance(trusted, str):
-        raise UsageError(f"trusted must be a collection of dotted names, got the text {trusted!r}")
-    classes = {str(target): _resolve(str(target), trusted) for target in _targets(config)}
-    return _built(config, classes)
+    return _built(config, _classes(config, trusted))
+
+
+def _classes(config: Any, trusted: Collection[str]) -> dict[str, type]:
+    """The classes that a configuration names."""
+    trusted = list(trusted) if isinstance(trusted, set | frozenset) else trusted
+    names = sequence(trusted, "trusted", "dotted names")
+    for name in names:
+        instance(name, str, "each of trusted", "a dotted name")
+    check_plain(config)
+    return {str(target): _resolve(str(target), names) for target in _targets(config)}
+
+
+def check_plain(config: Any, source: str = "config") -> None:
+    """Refuse what a file of JSON cannot hold, too many values, and values that hold themselves.
+
+    Args:
+        config: a configuration.
+        source: what the user calls it.
+
+    Raises:
+        UsageError: if there is such a value.
+    """
+    stack, count, classes = [(config, 0)], 0, 0
+    while stack:
+        value, depth = stack.pop()
+        count, classes = count + 1, classes + (type(value) is dict)
+        if depth > MAX_LEVELS or count > MAX_VALUES or classes > MAX_CLASSES:
+            raise UsageError(
+                f"{source} must hold at most {MAX_VALUES} values, {MAX_CLASSES} classes and "
+                f"{MAX_LEVELS} levels, got more"
+            )
+        if type(value) is dict:
+            for name in value:
+                instance(name, str, f"each name in {source}", "text")
+            stack += [(item, depth + 1) for item in value.values()]
+        elif type(value) is list:
+            stack += [(item, depth + 1) for item in value]
+        elif value is not None and type(value) not in (bool, int, float, str):
+            raise UsageError(f"{source} must hold plain values, got a {type(value).__name__}")
+        elif type(value) is float and not math.isfinite(value):
+            raise UsageError(f"{source} must hold finite numbers, got {value}")
 
 
 def _targets(config: Any) -> Iterator[Any]:
@@ -215,9 +282,13 @@ def _built(config: Any, classes: dict[str, type]) -> Any:
         for name, value in config.items()
         if name != "_target_"
     }
+    if len(arguments) != len(config) - 1:
+        raise UsageError(f"{cls.__name__} must have each argument once, got {', '.join(config)}")
     try:
         return cls(**arguments)
-    except (AttributeError, RuntimeError, TypeError) as error:  # what a wrong type may provoke
+    except UsageError as error:
+        raise UsageError(f"configuration of {cls.__name__}: {error}") from error
+    except Exception as error:  # whatever a wrong type may provoke
         raise UsageError(f"configuration does not fit {cls.__name__}: {reason(error)}") from error
 
 
@@ -265,15 +336,19 @@ class Pretrained(nn.Module, ModelHubMixin):
             UsageError: if the configuration names a class that is neither public nor trusted, or
                 describes something other than this class.
         """
-        module = build(config, trusted=trusted)
-        if not isinstance(module, cls):
-            raise UsageError(f"config must describe a {cls.__name__}, got {config}")
-        return module
+        instance(config, dict, "config", "a dictionary")
+        classes = _classes(config, trusted)
+        described = classes[str(config.get("_target_"))]
+        if not issubclass(described, cls):
+            raise UsageError(f"config must describe a {cls.__name__}, got a {described.__name__}")
+        return _built(config, classes)
 
     def save_pretrained(
         self, folder: str | Path, *, config: Any = None, model_card_kwargs: Any = None
     ) -> None:
         """Write the weights and the configuration; each file appears whole or not at all.
+
+        Beside the weights stands their SHA-256, which `from_pretrained` checks.
 
         Args:
             folder: the target, created if necessary.
@@ -282,6 +357,7 @@ class Pretrained(nn.Module, ModelHubMixin):
 
         Raises:
             UsageError: if a constructor argument cannot be described, before anything is written.
+            OSError: if the folder cannot be written, or the disk is full.
         """
         if config is not None or model_card_kwargs is not None:
             raise UsageError(
@@ -290,12 +366,18 @@ class Pretrained(nn.Module, ModelHubMixin):
             )
         text = json.dumps(self.to_config(), indent=2) + "\n"
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        folder = Path(folder)
+        folder = _path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / f"{WEIGHTS}.part")
-        (folder / f"{CONFIG}.part").write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            os.replace(folder / f"{name}.part", folder / name)
+        metadata = {"format": "pt", HASH: weights_hash(state)}
+        with written_whole(folder / CONFIG) as config_part:
+            config_part.write_text(text, encoding="utf-8")
+            with written_whole(folder / WEIGHTS) as part:
+                try:
+                    save_file(state, part, metadata)
+                except SafetensorError as error:
+                    number = re.search(r"os error (\d+)", str(error))
+                    code = int(number[1]) if number else errno.EIO
+                    raise OSError(code, reason(error), str(folder / WEIGHTS)) from error
 
     @classmethod
     def from_pretrained(
@@ -322,12 +404,13 @@ class Pretrained(nn.Module, ModelHubMixin):
             local_files_only: do not use the network.
 
         Raises:
-            UsageError: if there is no such folder or repository, a file is missing or damaged, the
-                configuration names a class that is neither public nor trusted, or weights and
-                configuration disagree. All of this is checked before a weight is copied.
+            UsageError: if there is no such folder or repository, a file is missing, unreadable or
+                damaged, the configuration names a class that is neither public nor trusted, or
+                weights and configuration disagree. All of this is checked before a weight is
+                copied.
         """
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
+        folder = _path(name_or_folder, "name_or_folder")
+        if not _is(folder, "dir"):
             try:
                 folder = Path(
                     snapshot_download(
@@ -346,50 +429,50 @@ class Pretrained(nn.Module, ModelHubMixin):
                     f"{str(name_or_folder)!r}: {reason(error)}"
                 ) from error
         for name in (WEIGHTS, CONFIG):
-            if not (folder / name).is_file():
+            if not _is(folder / name, "file"):
                 raise UsageError(
-                    f"a saved decoder needs {WEIGHTS} and {CONFIG}, got {name_or_folder} "
-                    f"without {name}"
+                    f"a saved {cls.__name__.lower()} needs {WEIGHTS} and {CONFIG}, got "
+                    f"{name_or_folder} without {name}"
                 )
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{folder / CONFIG} is not JSON: {reason(error)}") from error
-        if not isinstance(config, dict):
-            raise UsageError(f"{folder / CONFIG} must hold a dictionary, got {config!r}")
-        try:
-            weights = load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{folder / WEIGHTS} is damaged or not a safetensors file: {reason(error)}"
-            ) from error
-        return _load(
-            cls.from_config(config, trusted=trusted), weights, config=config, source=folder
-        )
+        config = read_config(folder / CONFIG)
+        module = _built_for(cls, config, _header(folder / WEIGHTS), trusted=trusted, source=folder)
+        return _load(module, _read_weights(folder / WEIGHTS), config=config, source=folder)
 
 
 def read_checkpoint(path: str | Path, cls: type[M]) -> M:
-    """A module from a run folder, or from a Lightning checkpoint of `rolldiff train`.
+    """A module from a run folder, from a Lightning checkpoint of `rolldiff train`, or from the Hub.
 
     The averaged weights, where training averaged them. Nothing is unpickled but plain containers
     and tensors.
 
     Args:
-        path: the folder or file.
+        path: the folder or file; or, where neither exists, the name of a repository on the Hub.
         cls: what it must hold, such as `Decoder`.
 
     Raises:
         UsageError: if there is nothing there, or it is damaged or not from this library.
     """
-    path = Path(path)
-    if path.is_dir():
+    name = str(path)
+    path = _path(path, "ckpt")
+    if _is(path, "dir"):
         return cls.from_pretrained(path)
-    if not path.is_file():
+    if not _is(path, "file"):
+        # A name such as organisation/model, unless it begins with a folder that is here.
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.exists():
+            return cls.from_pretrained(name)
         raise UsageError(
-            f"ckpt must be a run folder or a checkpoint, got {path}, which does not exist"
+            f"ckpt must be a run folder, a checkpoint or a repository on the Hub, got {path}, "
+            "which does not exist"
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UsageError(f"ckpt {path} must not be compressed, got a compressed archive")
+            if (damaged := archive.testzip()) is not None:
+                raise UsageError(f"ckpt {path} is damaged: {damaged} is not what was saved")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except Exception as error:  # torch raises whatever the damage provokes
         raise UsageError(f"ckpt {path} is damaged or no checkpoint: {reason(error)}") from error
     try:
@@ -399,27 +482,174 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
             for name, value in checkpoint["state_dict"].items()
             if name.startswith("model.")
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # a tensor, for example, raises errors of many kinds
         raise UsageError(f"ckpt {path} is not a checkpoint of this library") from error
-    return _load(cls.from_config(config), weights, config=config, source=path)
+    for name, value in weights.items():
+        if not (isinstance(value, Tensor) and value.layout == torch.strided) or value.is_meta:
+            raise UsageError(f"ckpt {path}: {name} must be a dense tensor, got {type(value)}")
+    module = _built_for(cls, config, weights, source=path)
+    return _load(module, weights, config=config, source=path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a file of JSON, with finite numbers only.
+
+    Raises:
+        UsageError: if it cannot be read, is too long, or is not a dictionary in JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path} must have at most {MAX_BYTES} bytes, got more")
+        config = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_repetition,
+        )
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {reason(error)}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} must hold a dictionary, got a {type(config).__name__}")
+    check_plain(config, str(path))
+    return config
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"numbers must be finite, got {name}")
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError(f"a name is repeated among {', '.join(name for name, _ in pairs)}")
+    return values
+
+
+def _path(path: Any, name: str) -> Path:
+    instance(path, str | os.PathLike, name, "a path")
+    if not str(path):
+        raise UsageError(f"{name} must be a path, got an empty text")
+    return Path(path)
+
+
+def _is(path: Path, kind: str) -> bool:
+    """Whether a path is a folder or a file; False if it cannot be one."""
+    try:
+        return path.is_dir() if kind == "dir" else path.is_file()
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be entered
+        return False
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """The weights of a file as tensors without memory."""
+    weights = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise UsageError(
+                        f"{path}: {name} must be floating point, got {part.get_dtype()}"
+                    )
+                weights[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the damage provokes
+        raise UsageError(
+            f"{path} is damaged, unreadable, or not a safetensors file: {reason(error)}"
+        ) from error
+    return weights
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = (file.metadata() or {}).get(HASH)
+        weights = load_file(path)
+    except Exception as error:
+        raise UsageError(
+            f"{path} is damaged, unreadable, or not a safetensors file: {reason(error)}"
+        ) from error
+    if saved is not None and saved != weights_hash(weights):
+        raise UsageError(f"{path} is damaged: its weights are not those that were saved")
+    return weights
+
+
+def _built_for(
+    cls: type[M],
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    trusted: Collection[str] = (),
+    source: Path,
+) -> M:
+    """A module for some weights, which are compared before there is memory for it."""
+    try:
+        weights = _upgraded(weights, instance(config, dict, "config", "a dictionary"))
+        classes = _classes(config, trusted)
+        # Classes of other libraries need not work without memory, and the caller trusts them.
+        if all(PUBLIC.get(MOVED.get(name, name)) for name in classes):
+            with torch.device("meta"):
+                skeleton = cls.from_config(config, trusted=trusted)
+            _check_weights(weights, skeleton.state_dict(), source)
+        module = cls.from_config(config, trusted=trusted)
+    except UsageError as error:
+        prefix = "" if str(source) in str(error) else f"{source}: "
+        raise UsageError(f"{prefix}{error}") from error
+    _check_weights(weights, module.state_dict(), source)
+    return module
+
+
+def _upgraded(weights: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
+    check_plain(config)
+    if any(str(target) in MOVED for target in _targets(config)):
+        return upgrade_weights(weights)
+    return weights
 
 
 def _load(module: M, weights: Mapping[str, Tensor], *, config: dict[str, Any], source: Path) -> M:
-    if any(target in MOVED for target in _targets(config)):
-        weights = upgrade_weights(weights)
-    if mismatch := _mismatch(weights, module.state_dict()):
-        raise UsageError(f"{source}: weights and configuration disagree: {mismatch}")
+    weights = _upgraded(weights, config)
+    expected = module.state_dict()
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.to(expected[name].dtype).isfinite().all():
+            raise UsageError(f"{source}: weights must be finite, got NaN or infinity in {name}")
     module.load_state_dict(weights)
     return module.eval()
 
 
-def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first weight whose shape is not the configuration's, as a phrase."""
+def _check_weights(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path
+) -> None:
+    """Refuse weights of other names, shapes or types than those of the configuration."""
     for name in sorted(weights.keys() | expected.keys()):
         shapes = [
             str(tuple(state[name].shape)) if name in state else "absent"
             for state in (weights, expected)
         ]
         if shapes[0] != shapes[1]:
-            return f"{name} is {shapes[0]} in the weights and {shapes[1]} in the configuration"
-    return None
+            raise UsageError(
+                f"{source}: weights and configuration disagree: {name} is {shapes[0]} in the "
+                f"weights and {shapes[1]} in the configuration"
+            )
+        found, wanted = weights[name].dtype, expected[name].dtype
+        if found != wanted and not (found in FLOATS and wanted in FLOATS):
+            kind = "floating point" if wanted in FLOATS else str(wanted)
+            raise UsageError(f"{source}: {name} must be {kind}, got {found}")
+    floats = {weights[name].dtype for name in weights if weights[name].dtype in FLOATS}
+    if len(floats) > 1 and len({e.dtype for e in expected.values() if e.dtype in FLOATS}) == 1:
+        names = ", ".join(sorted(map(str, floats)))
+        raise UsageError(f"{source}: weights must be of one type, got {names}")

@@ -171,6 +171,35 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(make):
     torch.testing.assert_close(first[0], batch[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_decoded_one_at_a_time_do_not_depend_on_their_batch(make, dtype):
+    """As docs/conventions.md says."""
+    decoder = make()
+    ask = {"seed": 7, "num_groups": 4, "steps": 3, "dtype": dtype}
+
+    def decoded(labels, start):
+        return torch.cat(
+            [
+                decoder.decode(labels[i : i + 1], start_index=start + i, **ask).image
+                for i in range(len(labels))
+            ]
+        )
+
+    assert torch.equal(decoded(LABEL, 0)[1:], decoded(LABEL[1:], 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 8e-6), (torch.float16, 6e-3), (torch.bfloat16, 7e-2)]
+)
+def test_an_image_alone_in_a_batch_and_cached_agrees_as_documented(make, dtype, tolerance):
+    decoder = make()
+    ask = {"seed": 7, "num_groups": 4, "steps": 8, "dtype": dtype}
+    together = decoder.decode(LABEL, **ask).image
+    for cache in (True, False):
+        alone = decoder.decode(LABEL[1:2], start_index=1, cache=cache, **ask).image[0]
+        assert relative(alone, together[1]) < tolerance
+
+
 def test_every_setting_starts_from_the_same_noise(make):
     decoder = make()
     ask = {"num_images": 2, "steps": 1, "solver": _Nothing(), "seed": 0}
@@ -310,7 +339,7 @@ def test_one_type_holds_the_settings(make):
     *_, last = decoder.stream(LABEL, other, seed=0, num_groups=4)
     assert torch.equal(last.image, image)
     for call in (decoder.decode, decoder.stream):
-        with pytest.raises(TypeError, match="num_group'"):
+        with pytest.raises(ValueError, match="got 'num_group'; did you mean num_groups"):
             call(LABEL, num_group=4)
 
 

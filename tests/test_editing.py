@@ -146,7 +146,7 @@ def test_bad_input(make):
     with pytest.raises(ValueError, match="overlap 0"):
         invert(decoder, image(), num_groups=4, overlap=0.5)
     for mask in (torch.zeros(8, 7, dtype=torch.bool), torch.ones(8, 8)):
-        with pytest.raises(ValueError, match="mask must have shape"):
+        with pytest.raises(ValueError, match="mask must have (shape|type)"):
             decoder.decode(image=image(), mask=mask, **ASK)
     with pytest.raises(ValueError, match="True somewhere"):
         decoder.decode(image=image(), mask=torch.zeros(8, 8, dtype=torch.bool), **ASK)

@@ -288,6 +288,7 @@ def test_a_time_for_each_token_of_a_dit(patch):
     torch.testing.assert_close(call(mixed), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:decoding beyond")
 def test_groups_and_guidance_of_a_dit():
     decoder = decoder_of(dit(), num_groups=(1, 4), orders=("top_to_bottom", "random:0"))
     ask = {"num_groups": 4, "overlap": 0.5, "steps": 4, "order": "random:0", "seed": 0}
@@ -356,6 +357,7 @@ def test_networks_that_are_refused():
     assert fresh.network.config.block_out_channels == (8, 16)
 
 
+@pytest.mark.filterwarnings("ignore:decoding beyond")
 def test_what_a_network_cannot_take():
     decoder = decoder_of(unet(), patch=2, num_groups=(1, 2))
     with pytest.raises(ValueError, match="num_groups must be 1 for a UNet2DModel.*got 2"):

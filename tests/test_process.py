@@ -157,5 +157,5 @@ def test_no_seed_is_a_new_seed():
 @pytest.mark.parametrize(("seed", "first"), [(-1, 0), (0, -1), ("a", 0), (1.5, 0)])
 @pytest.mark.usefixtures("unchecked")
 def test_bad_seed(seed, first):
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(ValueError, match="seed|start_index"):
         PerSampleNoise(seed, 1, start_index=first)

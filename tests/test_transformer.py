@@ -128,7 +128,7 @@ def test_labels_and_times_matter():
 
 @pytest.mark.parametrize("arguments", [{"width": 18}, {"depth": 0}, {"heads": 0}])
 def test_bad_sizes(arguments):
-    with pytest.raises(ValueError, match="width"):
+    with pytest.raises(ValueError, match="width|depth|heads"):
         Transformer(Patches(4, channels=1), **({"width": 16, "heads": 2} | arguments))
 
 

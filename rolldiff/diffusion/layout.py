@@ -13,9 +13,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
 
-__all__ = ["Layout", "Patches"]
+__all__ = ["MAX_TOKENS", "Layout", "Patches", "check_layout", "image_sides", "same_layout"]
+
+MAX_TOKENS = 2**20  # an image of 1024 x 1024 pixels, each a token
 
 
 @runtime_checkable
@@ -63,7 +65,8 @@ class Patches:
         patch: side of a patch in pixels; must divide the height and the width.
 
     Raises:
-        UsageError: if a size is below 1 or `patch` does not divide the image.
+        UsageError: if a size is below 1, `patch` does not divide the image, or the image has more
+            than 2^20 tokens.
     """
 
     image_size: int | Sequence[int]
@@ -71,21 +74,20 @@ class Patches:
     patch: int = 1
 
     def __post_init__(self) -> None:
-        size = self.image_size
         # One spelling only, so that equal layouts compare equal.
-        object.__setattr__(
-            self, "image_size", (size, size) if isinstance(size, int) else tuple(size)
-        )
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise UsageError(
-                f"image_size must be one or two sizes of 1 or more, got {self.image_size}"
-            )
-        if self.channels < 1:
-            raise UsageError(f"channels must be 1 or more, got {self.channels}")
-        if self.patch < 1 or any(side % self.patch for side in self.size):
+        object.__setattr__(self, "image_size", image_sides(self.image_size))
+        object.__setattr__(self, "channels", whole_number(self.channels, "channels"))
+        object.__setattr__(self, "patch", whole_number(self.patch, "patch"))
+        if any(side % self.patch for side in self.size):
             raise UsageError(
                 f"patch must divide image_size, got patch {self.patch} and image_size "
                 f"{self.image_size}"
+            )
+        if self.num_tokens > MAX_TOKENS or self.num_tokens * self.token_dim >= 2**31:
+            raise UsageError(
+                f"image_size, channels and patch must give at most {MAX_TOKENS} tokens and fewer "
+                f"than 2^31 numbers, got image_size {self.image_size}, channels {self.channels} "
+                f"and patch {self.patch}"
             )
 
     @property
@@ -116,14 +118,62 @@ class Patches:
     def coords(self) -> Float[Tensor, "N 3"]:
         rows, columns = self.grid
         grids = torch.meshgrid(
-            torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)), indexing="ij"
+            torch.zeros(1, device="cpu"),
+            torch.arange(float(rows), device="cpu"),
+            torch.arange(float(columns), device="cpu"),
+            indexing="ij",
         )
         return torch.stack([g.flatten() for g in grids], dim=-1)
 
     def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        _check_shape(image, self.image_shape, "image")
         p = self.patch
         return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        _check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
         p, (h, w) = self.patch, self.grid
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
+
+
+def image_sides(image_size: object) -> tuple[int, int]:
+    """Height and width from what a user passes: two sizes, or one for a square image.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    name = "image_size"
+    if isinstance(image_size, str) or not hasattr(image_size, "__len__"):
+        side = whole_number(image_size, name)
+        return side, side
+    if getattr(image_size, "ndim", 1) == 0:  # a number of NumPy or torch
+        side = whole_number(image_size, name)
+        return side, side
+    sides = whole_numbers(image_size, name)
+    if len(sides) != 2:
+        raise UsageError(f"{name} must be one or two sizes of 1 or more, got {sides}")
+    return sides[0], sides[1]
+
+
+def check_layout(layout: object) -> Layout:
+    """The layout itself.
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    return cast(Layout, instance(layout, Layout, "layout", "a layout such as Patches(32)"))
+
+
+def same_layout(a: Layout, b: Layout) -> bool:
+    """Whether two layouts cut images alike, even if their classes do not define equality."""
+    if type(a) is not type(b):
+        return False
+    alike = a.image_shape == b.image_shape and a.token_dim == b.token_dim
+    return a == b or (alike and torch.equal(a.coords, b.coords))
+
+
+def _check_shape(value: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if dense_tensor(value, name).shape[1:] != shape or value.ndim != len(shape) + 1:
+        raise UsageError(
+            f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(value.shape)}"
+        )

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, finite_number, whole_number
 
 __all__ = [
     "Cosine",
@@ -52,6 +52,9 @@ __all__ = [
 # determinants may have a pole at an end (Li and He 2025 clip at the same value).
 T_CLIP = 0.05
 
+MAX_SEED = 2**128 - 1
+MAX_IMAGES = 2**20  # of one decoding: each has a generator, of 5 kB
+
 Prediction = Literal["x", "eps", "v", "velocity"]
 
 
@@ -60,19 +63,19 @@ class NoiseSchedule(ABC):
     """Signal and noise levels, and their derivatives, as functions of the local time in [0, 1].
 
     Args:
-        shift: `alpha / sigma` is divided by this factor, above 0, at every time. A factor above 1
-            spends more of the time at high noise (Esser et al. 2024, eq. 23; Hoogeboom et al. 2023,
-            eq. 4).
+        shift: `alpha / sigma` is divided by this factor, in [0.001, 1000], at every time. A factor
+            above 1 spends more of the time at high noise (Esser et al. 2024, eq. 23; Hoogeboom et
+            al. 2023, eq. 4).
 
     Raises:
-        UsageError: if `shift` is not a positive finite number.
+        UsageError: if `shift` is out of range.
     """
 
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise UsageError(f"shift must be a positive finite number, got {self.shift}")
+        shift = finite_number(self.shift, "shift", minimum=1e-3, maximum=1e3)
+        object.__setattr__(self, "shift", shift)
 
     @abstractmethod
     def alpha(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
@@ -247,16 +250,17 @@ class PerSampleNoise:
     """Independent unit noise for the samples `start_index … start_index + batch - 1` of a seed.
 
     Sample `i` of a seed is the same alone, in any batch and on any number of processes: its
-    generator is seeded by the pair (seed, i), and draws on the CPU (as in EDM2).
+    generator is seeded by the pair (seed, i), and draws on the CPU (as in EDM2). No two pairs share
+    their noise.
 
     Args:
-        seed: a whole number of 0 or more; a generator, which then draws the seed; or None for a
-            seed from torch's global generator.
-        batch: number of samples.
-        start_index: index of the first sample.
+        seed: a whole number of 0 or more, below 2^128; a generator, which then draws the seed; or
+            None for a seed from torch's global generator.
+        batch: number of samples, at most 2^20.
+        start_index: index of the first sample, below 2^64.
 
     Raises:
-        UsageError: if the seed or the index is negative or not a whole number.
+        UsageError: if a number is out of range or not a whole number.
     """
 
     def __init__(
@@ -265,21 +269,25 @@ class PerSampleNoise:
         if seed is None or isinstance(seed, torch.Generator):
             device = seed.device if seed is not None else None
             seed = int(torch.randint(2**62, (1,), generator=seed, device=device))
-        if (
-            not (isinstance(seed, int) and isinstance(start_index, int))
-            or min(seed, start_index) < 0
-        ):
-            raise UsageError(
-                "seed and start_index must be whole numbers of 0 or more, got "
-                f"{seed!r} and {start_index!r}"
-            )
+        seed = whole_number(seed, "seed", minimum=0, maximum=MAX_SEED)
+        start = whole_number(start_index, "start_index", minimum=0, maximum=2**64 - 1)
+        batch = whole_number(batch, "num_images", maximum=MAX_IMAGES)
         # SeedSequence mixes the pair well; neighbouring seeds of a Mersenne twister are correlated.
-        states = (
-            np.random.SeedSequence((seed, start_index + i)).generate_state(1, np.uint64)[0]
-            for i in range(batch)
-        )
+        states = (_sequence(seed, start + i).generate_state(1, np.uint64)[0] for i in range(batch))
         self._generators = [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in states]
 
     def normal(self, *shape: int) -> Tensor:
         """Unit noise `[batch, *shape]` in float32 on the CPU."""
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators])
+
+
+def _sequence(seed: int, index: int) -> np.random.SeedSequence:
+    """A sequence of its own for every pair.
+
+    A sequence is a function of its 32-bit words, without a mark between two numbers. The pair is
+    therefore unambiguous only for seeds of one word; for all others, numpy fills the seed up to
+    four words before it appends the index.
+    """
+    if seed < 2**32:
+        return np.random.SeedSequence((seed, index))
+    return np.random.SeedSequence(seed, spawn_key=(index,))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rolldiff.diffusion.process import Estimate, Inverse, NoiseSchedule, Prediction, inverse
 from rolldiff.diffusion.schedule import GroupSchedule
-from rolldiff.errors import UsageError
+from rolldiff.errors import finite_number
 
 __all__ = [
     "DDIM",
@@ -296,8 +296,8 @@ class DDIM(Solver):
     order = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise UsageError(f"eta must be in [0, 1], got {self.eta}")
+        eta = finite_number(self.eta, "eta", minimum=0, maximum=1)
+        object.__setattr__(self, "eta", eta)
 
     def step(self, denoise: Denoise, x_t: Tensor, interval: Interval) -> tuple[Tensor, Estimate]:
         t, s = interval.t, interval.s

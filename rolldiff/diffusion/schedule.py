@@ -26,11 +26,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, finite_number, whole_number, whole_numbers
 
-__all__ = ["ORDERS", "GroupSchedule", "Order", "decode_order"]
+__all__ = ["MAX_STEPS", "ORDERS", "GroupSchedule", "Order", "check_order", "decode_order"]
 
 Order = str | Sequence[int]
+
+MAX_STEPS = 10_000  # per group: everything that depends on the time is computed for all of them
 
 ORDERS = (
     "top_to_bottom",
@@ -41,6 +43,39 @@ ORDERS = (
     "cells:K",
     "random:SEED",
 )
+
+
+def check_order(order: Order, name: str = "order") -> Order:
+    """A decode order as text or a tuple of `int`; whether it has the right length shows later.
+
+    Args:
+        order: what a user passed.
+        name: what the user calls it.
+
+    Raises:
+        UsageError: if the name is unknown or the sequence is not a permutation.
+    """
+    if not isinstance(order, str):
+        permutation = whole_numbers(order, name, minimum=0)
+        _check_permutation(permutation, len(permutation), name)
+        return permutation
+    kind, colon, parameter = order.partition(":")
+    allowed = {word.partition(":")[0]: ":" in word for word in ORDERS}
+    if kind not in allowed or bool(colon) != allowed[kind]:
+        raise UsageError(
+            f"{name} must be one of {', '.join(ORDERS)} or a permutation, got {order!r}"
+        )
+    if colon:
+        minimum = int(kind == "cells")
+        # 38 digits are a seed of 128 bits.
+        if not (parameter.isascii() and parameter.isdecimal() and len(parameter) <= 38) or (
+            int(parameter) < minimum
+        ):
+            raise UsageError(
+                f"{name} {kind!r} takes a whole number of {minimum} or more after a colon, got "
+                f"{order!r}"
+            )
+    return order
 
 
 def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
@@ -58,20 +93,14 @@ def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"
         UsageError: if the name is unknown or the sequence is not a permutation.
     """
     num_tokens = len(coords)
+    order = check_order(order)
     if not isinstance(order, str):
-        permutation = torch.as_tensor(list(order), dtype=torch.long)
-        if sorted(permutation.tolist()) != list(range(num_tokens)):
-            raise UsageError(
-                f"order must be a permutation of 0 … {num_tokens - 1}, got {len(permutation)} "
-                "numbers that are not one"
-            )
-        return permutation
-    level, row, column = coords.double().numpy().T
+        _check_permutation(order, num_tokens, "order")
+        return torch.tensor(order, device="cpu")
+    level, row, column = coords.double().cpu().numpy().T
     name, _, parameter = order.partition(":")
     keys: tuple[np.ndarray, ...]
     match name:
-        case "top_to_bottom":
-            keys = (row, column)
         case "bottom_to_top":
             keys = (-row, column)
         case "left_to_right":
@@ -81,24 +110,22 @@ def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"
         case "centre_out":
             keys = ((row - row.mean()) ** 2 + (column - column.mean()) ** 2, row, column)
         case "cells":
-            k = _parameter(order, parameter, minimum=1)
+            k = float(parameter)
             keys = (row // k, column // k, row, column)
         case "random":
-            seed = _parameter(order, parameter, minimum=0)
-            keys = (np.random.default_rng(seed).permutation(num_tokens),)
+            keys = (np.random.default_rng(int(parameter)).permutation(num_tokens),)
         case _:
-            raise UsageError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+            keys = (row, column)
     # lexsort takes the most significant key last.
     return torch.from_numpy(np.lexsort((*reversed(keys), level)))
 
 
-def _parameter(order: str, value: str, *, minimum: int) -> int:
-    if not value.isdecimal() or int(value) < minimum:
+def _check_permutation(order: Sequence[int], num_tokens: int, name: str) -> None:
+    if sorted(order) != list(range(num_tokens)) or not order:
         raise UsageError(
-            f"order {order.partition(':')[0]!r} takes a whole number of {minimum} or more after a "
-            f"colon, got {order!r}"
+            f"{name} must be a permutation of 0 … {num_tokens - 1}, got {len(order)} numbers that "
+            "are not one"
         )
-    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +141,7 @@ class GroupSchedule:
         num_groups: `G`, in 1 … N.
         overlap: `o` in [0, 1]. The stagger `k` is the whole number of steps nearest to `(1 - o) S`,
             and at least 1 below overlap 1, so that groups merge only at overlap 1.
-        steps: `S`, solver steps per group.
+        steps: `S`, solver steps per group, at most 10,000.
         num_known: leading tokens that are data from the start (inpainting). The groups share the
             other tokens.
 
@@ -129,16 +156,21 @@ class GroupSchedule:
     num_known: int = 0
 
     def __post_init__(self) -> None:
-        limit = self.num_tokens - self.num_known
-        if not _is_count(self.num_groups) or self.num_groups > limit:
-            raise UsageError(
-                f"num_groups must be a whole number in 1 … {limit} (the tokens to decode), got "
-                f"{self.num_groups!r}"
-            )
-        if not isinstance(self.overlap, int | float) or not 0 <= self.overlap <= 1:
-            raise UsageError(f"overlap must be in [0, 1], got {self.overlap!r}")
-        if not _is_count(self.steps):
-            raise UsageError(f"steps must be a whole number of 1 or more, got {self.steps!r}")
+        num_tokens = whole_number(self.num_tokens, "num_tokens")
+        num_known = whole_number(
+            self.num_known, "num_known", minimum=0, maximum=max(0, num_tokens - 1)
+        )
+        plain = {
+            "num_tokens": num_tokens,
+            "num_known": num_known,
+            "num_groups": whole_number(
+                self.num_groups, "num_groups", maximum=num_tokens - num_known
+            ),
+            "overlap": finite_number(self.overlap, "overlap", minimum=0, maximum=1),
+            "steps": whole_number(self.steps, "steps", maximum=MAX_STEPS),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def stagger(self) -> int:
@@ -164,8 +196,9 @@ class GroupSchedule:
     @cached_property
     def group(self) -> Int[Tensor, " N"]:
         """The group of each token, non-decreasing from 0; known tokens are a group before."""
-        sizes = torch.tensor([0, *self.ends] if self.num_known else self.ends).diff()
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        ends = [0, *self.ends] if self.num_known else self.ends
+        sizes = torch.tensor(ends, device="cpu").diff()
+        return torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
 
     @cached_property
     def position(self) -> Float[Tensor, " N"]:
@@ -196,11 +229,7 @@ class GroupSchedule:
     @property
     def matrix(self) -> Float[Tensor, "rows G"]:
         """The scheduling matrix, `[R + 1, G]`, in float64: from all ones to all zeros."""
-        i = torch.arange(self.num_steps + 1)[:, None]
-        done = (i - torch.arange(self.num_groups) * self.stagger).clamp(0, self.steps)
+        i = torch.arange(self.num_steps + 1, device="cpu")[:, None]
+        done = (i - torch.arange(self.num_groups, device="cpu") * self.stagger).clamp(0, self.steps)
         # Whole numbers until the last division, so that the ends are exactly 1 and 0.
         return (self.steps - done).double() / self.steps
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

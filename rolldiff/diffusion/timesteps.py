@@ -7,7 +7,6 @@ the batch: each of the B strata of (0, 1) holds one number. Times of exactly 0 (
 (waiting) carry no loss.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rolldiff.diffusion.schedule import GroupSchedule, Order, decode_order
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.schedule import GroupSchedule, Order, check_order, decode_order
+from rolldiff.errors import (
+    UsageError,
+    finite_number,
+    instance,
+    sequence,
+    whole_number,
+    whole_numbers,
+)
 
 __all__ = [
     "CleanContext",
@@ -48,10 +54,19 @@ class LogitNormal:
     """`log(t / (1 - t))` Gaussian with `mean` and `std` (Esser et al. 2024, §3.1).
 
     A negative mean draws times nearer to the data, a positive mean nearer to the noise.
+
+    Raises:
+        UsageError: if a number is not finite, or `std` is not above 0.
     """
 
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", finite_number(self.mean, "mean"))
+        object.__setattr__(self, "std", finite_number(self.std, "std", minimum=0))
+        if self.std == 0:
+            raise UsageError(f"std must be above 0, got {self.std}")
 
     def quantile(self, u: Tensor) -> Tensor:
         z = self.mean + self.std * torch.special.ndtri(u)
@@ -59,6 +74,12 @@ class LogitNormal:
 
 
 Density = Uniform | LogitNormal
+
+MAX_SETTINGS, MAX_ENTRIES = 4096, 2**24  # orders or group counts, and numbers in their tables
+
+
+def _check_density(density: object) -> None:
+    instance(density, Density, "density", "Uniform() or LogitNormal()")
 
 
 class TimestepSampler(ABC):
@@ -87,6 +108,9 @@ class Independent(TimestepSampler):
     density: Density = Uniform()
     overlaps = (0.0, 1.0)
 
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
     def sample(
         self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -99,6 +123,9 @@ class Shared(TimestepSampler):
 
     density: Density = Uniform()
     overlaps = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
 
     def sample(
         self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
@@ -117,6 +144,9 @@ class CleanContext(TimestepSampler):
 
     density: Density = Uniform()
     overlaps = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
 
     def sample(
         self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
@@ -143,7 +173,10 @@ class OnSchedule(TimestepSampler):
     max_overlap: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_overlap <= self.max_overlap <= 1:
+        for name in ("min_overlap", "max_overlap"):
+            overlap = finite_number(getattr(self, name), name, minimum=0, maximum=1)
+            object.__setattr__(self, name, overlap)
+        if self.min_overlap > self.max_overlap:
             raise UsageError(
                 "min_overlap and max_overlap must keep 0 <= min_overlap <= max_overlap <= 1, got "
                 f"{self.min_overlap}, {self.max_overlap}"
@@ -170,15 +203,20 @@ class Mixture(TimestepSampler):
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samplers", tuple(self.samplers))
-        object.__setattr__(self, "weights", tuple(self.weights))
-        if not self.samplers or len(self.samplers) != len(self.weights):
+        samplers = sequence(self.samplers, "samplers", "samplers such as Shared()")
+        weights = sequence(self.weights, "weights", "numbers above 0")
+        for sampler in samplers:
+            instance(sampler, TimestepSampler, "each of samplers", "a sampler such as Shared()")
+        numbers = tuple(finite_number(w, "each of weights", minimum=0) for w in weights)
+        if not samplers or len(samplers) != len(numbers):
             raise UsageError(
-                f"weights must hold one number per sampler, got {len(self.weights)} for "
-                f"{len(self.samplers)} samplers"
+                f"weights must hold one number per sampler, got {len(numbers)} for "
+                f"{len(samplers)} samplers"
             )
-        if not all(math.isfinite(w) and w > 0 for w in self.weights):
-            raise UsageError(f"weights must be positive, got {self.weights}")
+        if min(numbers) == 0:
+            raise UsageError(f"weights must be above 0, got {numbers}")
+        object.__setattr__(self, "samplers", tuple(samplers))
+        object.__setattr__(self, "weights", numbers)
         low, high = zip(*(sampler.overlaps for sampler in self.samplers), strict=True)
         object.__setattr__(self, "overlaps", (min(low), max(high)))
 
@@ -223,15 +261,22 @@ class TrainingDistribution:
     drop_cond: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_groups", tuple(self.num_groups))
-        orders = (o if isinstance(o, str) else tuple(o) for o in self.orders)
-        object.__setattr__(self, "orders", tuple(orders))
-        if not self.num_groups or min(self.num_groups) < 1:
-            raise UsageError(f"num_groups must hold numbers of 1 or more, got {self.num_groups}")
-        if not self.orders:
+        object.__setattr__(self, "num_groups", whole_numbers(self.num_groups, "num_groups"))
+        if not self.num_groups:
+            raise UsageError("num_groups must hold at least one number, got none")
+        orders = sequence(self.orders, "orders", "decode orders")
+        if not orders:
             raise UsageError("orders must hold at least one order, got none")
-        if not 0 <= self.drop_cond <= 1:
-            raise UsageError(f"drop_cond must be in [0, 1], got {self.drop_cond}")
+        if max(len(orders), len(self.num_groups)) > MAX_SETTINGS:
+            raise UsageError(
+                f"num_groups and orders must hold at most {MAX_SETTINGS} each, got "
+                f"{len(self.num_groups)} and {len(orders)}"
+            )
+        plain = tuple(check_order(order, "each of orders") for order in orders)
+        object.__setattr__(self, "orders", plain)
+        instance(self.times, TimestepSampler, "times", "a sampler such as Independent()")
+        drop_cond = finite_number(self.drop_cond, "drop_cond", minimum=0, maximum=1)
+        object.__setattr__(self, "drop_cond", drop_cond)
 
     def tables(
         self, coords: Float[Tensor, "N 3"]
@@ -239,8 +284,14 @@ class TrainingDistribution:
         """Every decode order, and for every group count the group of each token in decode order.
 
         Raises:
-            UsageError: if an order or a group count does not fit the tokens.
+            UsageError: if an order or a group count does not fit the tokens, or there are so many
+                that their tables would have more than 2^24 entries.
         """
+        if len(coords) * (len(self.orders) + len(self.num_groups)) > MAX_ENTRIES:
+            raise UsageError(
+                f"num_groups and orders must hold at most {MAX_ENTRIES // len(coords)} settings "
+                f"for {len(coords)} tokens, got {len(self.num_groups)} and {len(self.orders)}"
+            )
         orders = [decode_order(order, coords) for order in self.orders]
         groups = [
             GroupSchedule(num_tokens=len(coords), num_groups=g).group for g in self.num_groups
@@ -260,6 +311,7 @@ class TrainingDistribution:
             tables: what `tables` returned, on any device.
             generator: a CPU generator; None uses torch's own.
         """
+        batch = whole_number(batch, "batch")
         orders, groups = tables
         count = torch.randint(len(self.num_groups), (batch,), generator=generator)
         order = torch.randint(len(self.orders), (batch,), generator=generator)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import TokenGrid
 from rolldiff.decoder import DecodeConfig, Decoder
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.process import MAX_SEED
+from rolldiff.errors import (
+    UsageError,
+    boolean,
+    dense_tensor,
+    finite_number,
+    instance,
+    whole_number,
+    whole_numbers,
+)
 from rolldiff.hub import build, describe
 from rolldiff.integrations.diffusers_backbone import DiffusersBackbone, Network
 
@@ -73,9 +82,21 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        instance(decoder, Decoder | Mapping, "decoder", "a Decoder or its configuration")
         model = decoder if isinstance(decoder, Decoder) else _fresh(decoder)
-        if encoder is not None and not isinstance(encoder, nn.Module):
-            raise UsageError(f"encoder must be an nn.Module, got {encoder!r}")
+        if encoder is not None:
+            instance(encoder, nn.Module, "encoder", "an nn.Module")
+        instance(decode_config, DecodeConfig | Mapping, "decode_config", "a DecodeConfig")
+        if seed is not None:
+            seed = whole_number(seed, "seed", minimum=0, maximum=MAX_SEED)
+        scaling_factor = finite_number(scaling_factor, "scaling_factor")
+        if shift_factor is not None:
+            shift_factor = finite_number(shift_factor, "shift_factor")
+        force_upcast = boolean(force_upcast, "force_upcast")
+        if latent_channels is not None:
+            latent_channels = whole_number(latent_channels, "latent_channels")
+        if block_out_channels is not None:
+            block_out_channels = whole_numbers(block_out_channels, "block_out_channels")
         grid, levels = _latents(model)
         channels, blocks = grid.channels, [grid.channels] * (levels + 1)
         if latent_channels not in (None, channels) or (
@@ -92,6 +113,7 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         self.decoding = (
             decode_config if isinstance(decode_config, DecodeConfig) else build(dict(decode_config))
         )
+        instance(self.decoding, DecodeConfig, "decode_config", "a DecodeConfig")
         self.seed = seed
         self.register_to_config(
             decoder=model.to_config(),
@@ -171,10 +193,14 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         self, z: Tensor, *, generator: Any, steps: int | None, return_dict: bool
     ) -> DecoderOutput | tuple[Tensor]:
         latents = self._check(z, "z").permute(0, 2, 3, 1)
+        if generator is not None and not isinstance(generator, list | tuple):
+            instance(generator, torch.Generator, "generator", "a torch.Generator or one per image")
         parts, sources = [latents], [self.seed if generator is None else generator]
         if isinstance(generator, list | tuple):
             if len(generator) != len(z):
                 raise UsageError(f"generator must be {len(z)} for as many z, got {len(generator)}")
+            for source in generator:
+                instance(source, torch.Generator, "each of generator", "a torch.Generator")
             parts, sources = list(latents.split(1)), list(generator)
         config = self.decoding if steps is None else replace(self.decoding, steps=steps)
         images = [
@@ -188,6 +214,7 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         return {"decode_config": describe(self.decoding), "seed": self.seed}
 
     def _check(self, z: Tensor, name: str) -> Tensor:
+        dense_tensor(z, name)
         shape = self.grid.channels, self.grid.height, self.grid.width
         if z.ndim != 4 or z.shape[1:] != shape:
             wanted = ", ".join(map(str, shape))

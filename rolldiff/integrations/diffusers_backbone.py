@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import ClassLabels, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, Patches
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, instance, sequence, whole_number
 from rolldiff.nn.denoiser import Backbone
 
 try:
@@ -51,6 +51,23 @@ class Network:
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
             raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {self.name!r}")
+        pairs = tuple(sequence(self.settings, "settings", "pairs of name and value"))
+        for pair in pairs:
+            if len(sequence(pair, "each of settings", "a name and a value")) != 2:
+                raise UsageError(f"each of settings must be a name and a value, got {pair}")
+            _check_setting(*pair)
+        settings = dict(pairs)
+        side = settings.get("sample_size") or 32
+        tokens = (side if isinstance(side, int) else max(side, default=1)) ** 2
+        heads, size = (
+            settings.get(name) or 1 for name in ("num_attention_heads", "attention_head_dim")
+        )
+        if isinstance(heads, int) and isinstance(size, int) and tokens * heads * size > 2**31:
+            raise UsageError(
+                f"sample_size must suit the memory for its positions, got {side} with "
+                f"{heads * size} channels"
+            )
+        object.__setattr__(self, "settings", pairs)
 
     @classmethod
     def of(cls, network: nn.Module) -> "Network":
@@ -66,6 +83,16 @@ class Network:
     def build(self) -> nn.Module:
         """The network."""
         return getattr(diffusers, self.name)(**dict(self.settings))
+
+
+def _check_setting(name: Any, value: Any) -> None:
+    """Refuse sizes that no network has, so that building one cannot take hours or all memory."""
+    instance(name, str, "each name in settings", "text")
+    items = sequence(value, name, "values") if isinstance(value, list | tuple) else [value]
+    largest = 100 if "layers" in name else 2**20
+    for item in items:
+        if (isinstance(item, int) and item > largest) or len(items) > 32:
+            raise UsageError(f"{name} must be at most {largest}, 32 of them, got {value}")
 
 
 class _Context(NamedTuple):
@@ -102,6 +129,7 @@ class DiffusersBackbone(Backbone):
         super().__init__()
         if not isinstance(layout, Patches):
             raise UsageError(f"layout must be Patches, got {type(layout).__name__}")
+        instance(network, nn.Module | Network, "network", "a network of diffusers or a Network")
         described = network if isinstance(network, Network) else Network.of(network)
         network = network.build() if isinstance(network, Network) else network
         self.is_transformer = described.name == "DiTTransformer2DModel"
@@ -113,7 +141,9 @@ class DiffusersBackbone(Backbone):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
         rows, known = _class_rows(network)
-        num_classes = known if num_classes is None else num_classes
+        num_classes = (
+            known if num_classes is None else whole_number(num_classes, "num_classes", minimum=0)
+        )
         if not min(rows, 1) <= num_classes <= rows:
             raise UsageError(
                 f"num_classes must be in {min(rows, 1)} … {rows}, the rows of the network's "

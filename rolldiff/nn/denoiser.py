@@ -10,7 +10,6 @@ Finished tokens never change: with a cache each of them is shown once more, in t
 which it is clean, and never again.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from rolldiff.conditioning import Conditioning, Masked
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, finite_number, sequence
 
 __all__ = ["Backbone", "Denoiser", "Guidance"]
 
@@ -111,13 +110,17 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        if not (math.isfinite(self.scale) and math.isfinite(self.ramp_from)):
+        object.__setattr__(self, "scale", finite_number(self.scale, "scale"))
+        object.__setattr__(self, "ramp_from", finite_number(self.ramp_from, "ramp_from"))
+        interval = tuple(
+            finite_number(end, "each of interval", minimum=0, maximum=1)
+            for end in sequence(self.interval, "interval", "two numbers")
+        )
+        if len(interval) != 2 or interval[0] > interval[1]:
             raise UsageError(
-                f"guidance must be a finite number, got {self.scale} and ramp_from {self.ramp_from}"
+                f"interval must be two numbers in [0, 1] and in order, got {self.interval}"
             )
-        if not 0 <= low <= high <= 1:
-            raise UsageError(f"interval must be in [0, 1] and in order, got {self.interval}")
+        object.__setattr__(self, "interval", interval)
 
     def weight(
         self, position: Float[Tensor, " n"], t: Float[Tensor, " #n"]

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rolldiff.conditioning import Condition, ConditionEmbedder, Conditioning, Masked
-from rolldiff.diffusion.layout import Layout
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.layout import Layout, check_layout
+from rolldiff.errors import UsageError, boolean, finite_number, whole_number
 from rolldiff.nn.denoiser import Backbone
 
 __all__ = ["Block", "Context", "KVCache", "KVSlot", "Transformer", "causal_mask", "norm"]
+
+
+MAX_WIDTH, MAX_DEPTH = 2**16, 1000
 
 
 class CrossKV(NamedTuple):
@@ -118,10 +121,10 @@ class Transformer(Backbone):
 
     Args:
         layout: defines the number, width and places of the tokens.
-        width: channels; a multiple of `4 heads`.
-        depth: blocks.
+        width: channels; a multiple of `4 heads`, at most 2^16.
+        depth: blocks, at most 1000.
         heads: attention heads.
-        mlp_ratio: hidden channels of the MLP, divided by `width`.
+        mlp_ratio: hidden channels of the MLP, divided by `width`; at most 64.
         condition: what the network is conditioned on; several by name in a dictionary.
         causal: block-causal attention. False lets every token attend to all tokens, in any order,
             and rules out a cache.
@@ -129,7 +132,7 @@ class Transformer(Backbone):
             activations: less memory, about a third more time.
 
     Raises:
-        UsageError: if a size is below 1 or `width` is not a multiple of `4 heads`.
+        UsageError: if a size is out of range or `width` is not a multiple of `4 heads`.
     """
 
     def __init__(
@@ -145,13 +148,17 @@ class Transformer(Backbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if min(width, depth, heads) < 1 or width % (4 * heads):
+        self.layout = layout = check_layout(layout)
+        width = whole_number(width, "width", maximum=MAX_WIDTH)
+        depth = whole_number(depth, "depth", maximum=MAX_DEPTH)
+        heads = whole_number(heads, "heads")
+        if width % (4 * heads):
             raise UsageError(
-                "width must be a multiple of 4 heads, and depth and heads 1 or more, got "
-                f"width {width}, depth {depth}, heads {heads}"
+                f"width must be a multiple of 4 heads, got width {width} and heads {heads}"
             )
-        self.causal = causal
-        self.gradient_checkpointing = gradient_checkpointing
+        mlp_ratio = finite_number(mlp_ratio, "mlp_ratio", minimum=1 / width, maximum=64)
+        self.causal = causal = boolean(causal, "causal")
+        self.gradient_checkpointing = boolean(gradient_checkpointing, "gradient_checkpointing")
         self.conditioning = Conditioning.of(condition)
         self.heads = heads
         self.config = {
@@ -162,7 +169,7 @@ class Transformer(Backbone):
             "mlp_ratio": mlp_ratio,
             "condition": self.conditioning,
             "causal": causal,
-            "gradient_checkpointing": gradient_checkpointing,
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
         self.embed = nn.Linear(layout.token_dim, width)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
@@ -172,7 +179,7 @@ class Transformer(Backbone):
         )
         cross_attention = self.cond_embedder.null_token is not None
         self.blocks = nn.ModuleList(
-            Block(width, heads, int(mlp_ratio * width), cross_attention=cross_attention)
+            Block(width, heads, max(1, int(mlp_ratio * width)), cross_attention=cross_attention)
             for _ in range(depth)
         )
         self.head = nn.Linear(width, layout.token_dim)
@@ -459,7 +466,7 @@ def causal_mask(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[T
 
 def rotary_angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:
     """Cosines and signed sines; half of a head rotates with the row, half with the column."""
-    frequency = 100.0 ** -torch.linspace(0, 1, size // 4)
+    frequency = 100.0 ** -torch.linspace(0, 1, size // 4, device=coords.device)
     angle = (coords[:, 1:, None] * frequency).flatten(1)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])

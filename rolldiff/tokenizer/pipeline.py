@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rolldiff.decoder import DecodeConfig, Frame
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.process import MAX_IMAGES, MAX_SEED
+from rolldiff.errors import UsageError, boolean, finite_number, instance, whole_number
 from rolldiff.tokenizer.prior import Prior
 from rolldiff.tokenizer.tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ class Generation:
         num_generated: codes per image generated so far.
 
     Raises:
-        UsageError: if the prior and the tokenizer have different codes.
+        UsageError: if an argument is something else or out of range, or the prior and the tokenizer
+            have different codes.
     """
 
     prior: Prior
@@ -49,6 +51,21 @@ class Generation:
     num_generated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        instance(self.prior, Prior, "prior", "a Prior")
+        instance(self.tokenizer, Tokenizer, "tokenizer", "a Tokenizer")
+        instance(self.config, DecodeConfig, "config", "a DecodeConfig")
+        self.num_images = whole_number(self.num_images, "num_images", maximum=MAX_IMAGES)
+        self.seed = whole_number(self.seed, "seed", minimum=0, maximum=MAX_SEED)
+        self.temperature = finite_number(self.temperature, "temperature", minimum=0)
+        if self.temperature == 0:
+            raise UsageError(f"temperature must be above 0, got {self.temperature}")
+        self.guidance = finite_number(self.guidance, "guidance")
+        conditioning = self.prior.conditioning
+        conditioning.validate(self.cond, self.num_images, self.prior.device)
+        if self.guidance and not conditioning.split(self.cond):
+            raise UsageError(
+                f"guidance needs a condition, got guidance {self.guidance} without cond"
+            )
         ours, theirs = (
             (part.num_tokens, part.codebook_size) for part in (self.prior, self.tokenizer)
         )
@@ -82,6 +99,7 @@ class Generation:
             preview: likewise.
             wait: generate all codes before the decoding starts.
         """
+        wait = boolean(wait, "wait")
         codes = self.codes()
         return self.tokenizer.decoder.stream(
             self.tokenizer.stream_latents(iter(list(codes)) if wait else codes),

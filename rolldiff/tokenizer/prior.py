@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolldiff.conditioning import ClassLabels, Conditioning
-from rolldiff.diffusion.process import PerSampleNoise
-from rolldiff.errors import UsageError
+from rolldiff.decoder import check_generator
+from rolldiff.diffusion.layout import MAX_TOKENS
+from rolldiff.diffusion.process import MAX_IMAGES, PerSampleNoise
+from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
 from rolldiff.hub import Pretrained
-from rolldiff.nn.transformer import Block, KVCache, causal_mask, norm
+from rolldiff.nn.transformer import MAX_DEPTH, MAX_WIDTH, Block, KVCache, causal_mask, norm
+from rolldiff.tokenizer.tokenizer import MAX_CODES, check_codes
 
 __all__ = ["Prior"]
 
@@ -30,8 +33,8 @@ class Prior(Pretrained):
         num_tokens: codes per image.
         codebook_size: number of different codes.
         num_classes: class labels; 0 for none.
-        width: channels; a multiple of `heads`.
-        depth: blocks.
+        width: channels; a multiple of `heads`, at most 2^16.
+        depth: blocks, at most 1000.
         heads: attention heads.
         dropout: probability of zeroing an embedded code in training, against memorising sequences.
         drop_cond: probability of dropping the label in training, for guidance.
@@ -53,16 +56,20 @@ class Prior(Pretrained):
         drop_cond: float = 0.1,
     ) -> None:
         super().__init__()
-        if min(num_tokens, codebook_size, width, depth, heads) < 1 or width % heads:
+        num_tokens = whole_number(num_tokens, "num_tokens", maximum=MAX_TOKENS)
+        codebook_size = whole_number(codebook_size, "codebook_size", maximum=MAX_CODES)
+        num_classes = ClassLabels(num_classes).num_classes
+        width = whole_number(width, "width", maximum=MAX_WIDTH)
+        depth = whole_number(depth, "depth", maximum=MAX_DEPTH)
+        heads = whole_number(heads, "heads")
+        if width % heads:
             raise UsageError(
-                "sizes must be 1 or more, and width a multiple of heads, got "
-                f"{num_tokens} tokens, {codebook_size} codes, width {width}, depth {depth}, "
-                f"heads {heads}"
+                f"width must be a multiple of heads, got width {width} and heads {heads}"
             )
-        if not (0 <= dropout < 1 and 0 <= drop_cond <= 1):
-            raise UsageError(
-                f"dropout must be in [0, 1) and drop_cond in [0, 1], got {dropout} and {drop_cond}"
-            )
+        dropout = finite_number(dropout, "dropout", minimum=0, maximum=1)
+        if dropout == 1:
+            raise UsageError(f"dropout must be below 1, got {dropout}")
+        drop_cond = finite_number(drop_cond, "drop_cond", minimum=0, maximum=1)
         self.config = {
             "num_tokens": num_tokens,
             "codebook_size": codebook_size,
@@ -106,12 +113,11 @@ class Prior(Pretrained):
             generator: a CPU generator for what is dropped.
 
         Raises:
-            UsageError: if the codes have the wrong shape.
+            UsageError: if an argument has the wrong shape, type or range.
         """
-        if codes.shape[1:] != (self.num_tokens,):
-            raise UsageError(
-                f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
-            )
+        codes = check_codes(codes, self.codebook_size, self.num_tokens).long()
+        if generator is not None:
+            check_generator(generator, "generator")
         label = self._label(cond, len(codes), codes.device)
         dropped = torch.rand(len(codes), generator=generator).to(codes.device) < self.drop_cond
         label = label.where(~dropped, self.label.num_embeddings - 1)
@@ -127,7 +133,6 @@ class Prior(Pretrained):
         """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
         return self.loss(codes, cond, generator=generator)
 
-    @torch.no_grad()
     def generate(
         self,
         cond: Any = None,
@@ -142,7 +147,7 @@ class Prior(Pretrained):
 
         Args:
             cond: class labels, `[B]`, one number for all, or None.
-            num_images: number of images; by default as many as `cond` has.
+            num_images: number of images, at most 2^20; by default as many as `cond` has.
             temperature: above 0; 1 samples the learned distribution, less sharpens it.
             guidance: 0 for none; otherwise `l + guidance (l - l_null)` on the logits.
             seed: a seed or a generator; image i gets the same codes alone and in any batch.
@@ -152,17 +157,50 @@ class Prior(Pretrained):
             The next code of each image, `num_tokens` times.
 
         Raises:
-            UsageError: at the first code, if an argument is out of range.
+            UsageError: at once, if an argument is out of range.
+
+        Warns:
+            UserWarning: if a label is missing, or guidance asked for, and the prior was trained
+                with `drop_cond=0`.
         """
-        if not temperature > 0:
+        temperature = finite_number(temperature, "temperature", minimum=0)
+        if temperature == 0:
             raise UsageError(f"temperature must be above 0, got {temperature}")
-        if guidance and cond is None:
+        guidance = finite_number(guidance, "guidance")
+        passed = self.conditioning.split(cond)
+        if guidance and not passed:
             raise UsageError(f"guidance needs a condition, got guidance {guidance} without cond")
-        count = num_images or self.conditioning.count(cond) or 1
+        if self.drop_cond == 0 and self.conditioning.names and (guidance or not passed):
+            setting = f"guidance {guidance:g}" if passed else "no cond"
+            warn_user(
+                f"generating beyond what this prior was trained for: {setting} (trained: "
+                "drop_cond=0, always with a condition)"
+            )
+        if num_images is None:
+            num_images = self.conditioning.count(cond) or 1
+        count = whole_number(num_images, "num_images", maximum=MAX_IMAGES)
+        numbers = 2 * len(self.blocks) * self.pos_embed.numel()
+        if count * numbers >= 2**33:
+            raise UsageError(
+                f"num_images must be at most {(2**33 - 1) // numbers} for a cache of {numbers} "
+                f"values per image, got {count}"
+            )
         label = self._label(cond, count, self.device)
         if guidance:
             label = torch.cat([label, torch.full_like(label, self.label.num_embeddings - 1)])
         samples = PerSampleNoise(seed, count, start_index=start_index)
+        return self._codes(label, samples, count, temperature=temperature, guidance=guidance)
+
+    @torch.no_grad()
+    def _codes(
+        self,
+        label: Int[Tensor, " B"],
+        samples: PerSampleNoise,
+        count: int,
+        *,
+        temperature: float,
+        guidance: float,
+    ) -> Iterator[Int[Tensor, " B"]]:
         size = self.pos_embed.shape[1] // self.heads
         shape = (len(label), self.heads, self.num_tokens, size)
         cache = KVCache(len(self.blocks), shape, self.pos_embed)

@@ -16,10 +16,21 @@ from torch.nn import functional as F
 
 from rolldiff.conditioning import TokenGrid
 from rolldiff.decoder import Decoder, check_image
-from rolldiff.errors import UsageError
+from rolldiff.diffusion.layout import image_sides
+from rolldiff.errors import (
+    WHOLE,
+    UsageError,
+    dense_tensor,
+    instance,
+    whole_number,
+    whole_numbers,
+)
 from rolldiff.hub import Pretrained
+from rolldiff.nn.transformer import MAX_DEPTH, MAX_WIDTH
 
-__all__ = ["Encoder", "Tokenizer"]
+__all__ = ["Encoder", "Tokenizer", "check_codes"]
+
+MAX_CODES = 2**24
 
 
 class Encoder(nn.Module):
@@ -34,7 +45,8 @@ class Encoder(nn.Module):
         depth: residual blocks at every resolution.
 
     Raises:
-        UsageError: if `factor` is not a power of 2 or does not divide the image.
+        UsageError: if a size is out of range, or `factor` is not a power of 2 or does not divide
+            the image.
     """
 
     def __init__(
@@ -48,10 +60,20 @@ class Encoder(nn.Module):
         depth: int = 2,
     ) -> None:
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if factor < 1 or factor & (factor - 1) or any(side % factor for side in size):
+        size = image_sides(image_size)
+        in_channels = whole_number(in_channels, "in_channels", maximum=MAX_WIDTH)
+        channels = whole_number(channels, "channels", maximum=MAX_WIDTH)
+        width = whole_number(width, "width", maximum=MAX_WIDTH)
+        depth = whole_number(depth, "depth", minimum=0, maximum=MAX_DEPTH)
+        factor = whole_number(factor, "factor")
+        if factor & (factor - 1) or any(side % factor for side in size):
             raise UsageError(
                 f"factor must be a power of 2 that divides the image {size}, got {factor}"
+            )
+        if depth * factor.bit_length() > MAX_DEPTH:
+            raise UsageError(
+                f"depth must give at most {MAX_DEPTH} blocks in all, got {depth} at each of "
+                f"{factor.bit_length()} resolutions"
             )
         self.config = {
             "image_size": list(size),
@@ -92,10 +114,11 @@ class Tokenizer(Pretrained):
     Args:
         encoder: images to a grid of as many numbers per cell as there are `levels`.
         decoder: conditioned on one `TokenGrid` of these numbers.
-        levels: the number of values that each number may take; their product is the codebook size.
+        levels: the number of values that each number may take, 2 or more; their product is the
+            codebook size, at most 2^24.
 
     Raises:
-        UsageError: if the grids or the numbers do not agree.
+        UsageError: if a part is something else, or the grids or the numbers do not agree.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, *, levels: Sequence[int]) -> None:
@@ -103,6 +126,13 @@ class Tokenizer(Pretrained):
         # Imported here, because nothing but a tokenizer needs it and what it imports.
         from vector_quantize_pytorch import FSQ
 
+        instance(encoder, Encoder, "encoder", "an Encoder")
+        instance(decoder, Decoder, "decoder", "a Decoder")
+        levels = whole_numbers(levels, "levels", minimum=2, maximum=MAX_CODES)
+        if not levels or prod(levels) > MAX_CODES:
+            raise UsageError(
+                f"levels must hold numbers with a product of at most {MAX_CODES}, got {levels}"
+            )
         grid = TokenGrid(*encoder.grid, channels=len(levels))
         if decoder.conditioning.parts != (grid,) or encoder.config["channels"] != len(levels):
             raise UsageError(
@@ -112,7 +142,8 @@ class Tokenizer(Pretrained):
         self.config = {"encoder": encoder, "decoder": decoder, "levels": list(levels)}
         self.encoder = encoder
         self.decoder = decoder
-        self.quantize = FSQ(list(levels))
+        with torch.device("cpu"):  # it looks into its own numbers
+            self.quantize = FSQ(list(levels))
         self.grid = encoder.grid
         self.codebook_size = prod(levels)
 
@@ -145,17 +176,19 @@ class Tokenizer(Pretrained):
         Raises:
             UsageError: if their number is not that of an image, or one is out of range.
         """
-        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
-            raise UsageError(
-                f"codes must have shape (B, {self.num_tokens}), got {tuple(codes.shape)}"
-            )
+        check_codes(codes, self.codebook_size, self.num_tokens)
         return self._dequantize(codes).unflatten(1, self.grid)
 
     def stream_latents(
         self, codes: Iterator[Int[Tensor, " B"]]
     ) -> Iterator[Float[Tensor, "B 1 levels"]]:
-        """Codes that are still being generated, as a streamed condition of the decoder."""
-        return (self._dequantize(code[:, None]) for code in codes)
+        """Codes that are still being generated, as a streamed condition of the decoder.
+
+        Raises:
+            UsageError: at once, if it is not an iterator; later, if a code is out of range.
+        """
+        instance(codes, Iterator, "codes", "an iterator over the codes of a batch")
+        return (self._dequantize(check_codes(code, self.codebook_size)[:, None]) for code in codes)
 
     def loss(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The decoder's loss given the latents of the images; see `Decoder.loss`."""
@@ -171,13 +204,34 @@ class Tokenizer(Pretrained):
 
     def _quantized(self, image: Tensor) -> tuple[Tensor, Tensor]:
         image = check_image(image, self.decoder.layout)
+        if image.device != self.device:
+            raise UsageError(f"image must be on the device {self.device}, got {image.device}")
         latents, codes = self.quantize(self.encoder(image).flatten(1, 2))
         return latents, codes
 
     def _dequantize(self, codes: Int[Tensor, "B k"]) -> Float[Tensor, "B k levels"]:
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise UsageError(
-                f"codes must be in 0 … {self.codebook_size - 1}, got "
-                f"{int(codes.min())} … {int(codes.max())}"
-            )
-        return self.quantize.indices_to_codes(codes)
+        return self.quantize.indices_to_codes(codes.long())
+
+
+def check_codes(
+    codes: Tensor, codebook_size: int, num_tokens: int | None = None
+) -> Int[Tensor, "*codes"]:
+    """The codes themselves.
+
+    Args:
+        codes: what a user passed, `[B, N]`, or `[B]` for one code per image.
+        codebook_size: number of different codes.
+        num_tokens: `N`, or None for `[B]`.
+
+    Raises:
+        UsageError: if their shape, type or range is wrong.
+    """
+    dense_tensor(codes, "codes", WHOLE)
+    shape = () if num_tokens is None else (num_tokens,)
+    if codes.ndim != 1 + len(shape) or codes.shape[1:] != shape or not len(codes):
+        expected = ", ".join(map(str, ("B", *shape)))
+        raise UsageError(f"codes must have shape ({expected}), got {tuple(codes.shape)}")
+    low, high = (int(end) for end in codes.long().aminmax())
+    if not 0 <= low <= high < codebook_size:
+        raise UsageError(f"codes must be in 0 … {codebook_size - 1}, got {low} … {high}")
+    return codes
