@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
+from PIL import Image, ImageCms
 
 from rolldiff import Decoder
 from rolldiff.data import Digits, Folder, Hub, module
 from rolldiff.data.datasets import ResumableSampler
+from rolldiff.data.pixels import Record, load_image
+from rolldiff.errors import UsageError
 from rolldiff.training import LitDecoder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -93,16 +95,253 @@ def test_pictures_are_cut_to_a_square_and_resized(tmp_path):
     assert (data.image > 0.8).all()  # black is beyond the cut
 
 
+def encoded(image, kind="PNG", **options):
+    stored = io.BytesIO()
+    image.save(stored, kind, **options)
+    return stored.getvalue()
+
+
+def loaded(data, *, size=4, channels=3, **options):
+    """The bytes of a picture as an array `[H, W, C]`."""
+    if isinstance(data, Image.Image):
+        data = encoded(data)
+    found = load_image(Record("it", data, 0), image_size=size, channels=channels, **options)
+    return found.permute(1, 2, 0).numpy()
+
+
+COLORS = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_pictures_are_upright(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(COLORS), kind, exif=exif, **options)
+    # By the EXIF standard: the side of the picture at which row 0 and column 0 are.
+    turned = {
+        1: COLORS,
+        2: COLORS[:, ::-1],
+        3: COLORS[::-1, ::-1],
+        4: COLORS[::-1],
+        5: COLORS.swapaxes(0, 1),
+        6: np.rot90(COLORS, -1),
+        7: np.rot90(COLORS, 2).swapaxes(0, 1),
+        8: np.rot90(COLORS),
+    }
+    np.testing.assert_array_equal(loaded(data), turned[orientation])
+
+
+def test_a_phone_holds_its_picture_upright():
+    """A JPEG that is stored on its side: white on the left, with orientation 6."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:, :8] = 255
+    found = loaded(encoded(Image.fromarray(array), "JPEG", exif=exif), size=16)
+    assert (found[:8] > 250).all()
+    assert (found[8:] < 5).all()
+
+
+def test_damaged_exif_counts_as_upright():
+    data = encoded(Image.fromarray(COLORS), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\xff")
+    np.testing.assert_array_equal(loaded(data), COLORS)
+
+
+def tiff(array, **tags):
+    """A grey TIFF file with other values of its tags than Pillow would write."""
+    stored = io.BytesIO()
+    Image.fromarray(array).save(stored, "TIFF")
+    data = bytearray(stored.getvalue())
+    for name, value in tags.items():
+        number = {"photometric": 262}[name]
+        entry = number.to_bytes(2, "little") + b"\x03\0\x01\0\0\0"
+        assert data.count(entry) == 1
+        place = data.index(entry) + len(entry)
+        data[place : place + 2] = value.to_bytes(2, "little")
+    return bytes(data)
+
+
+RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_sixteen_bits_are_scaled_to_eight(kind):
+    found = loaded(encoded(Image.fromarray(RAMP), kind), size=16, channels=1)
+    np.testing.assert_array_equal(found.ravel(), np.arange(256))
+
+
+def test_sixteen_bits_round_to_the_nearest_of_eight():
+    data = encoded(Image.fromarray(np.array([[0, 128], [129, 65535]], np.uint16)))
+    assert loaded(data, size=2, channels=1).ravel().tolist() == [0, 0, 1, 255]
+
+
+def test_sixteen_bits_of_other_byte_order_or_sign_of_grey():
+    big = Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes())
+    found = loaded(encoded(big, "TIFF"), size=16, channels=1)
+    np.testing.assert_array_equal(found.ravel(), np.arange(256))
+    found = loaded(tiff(RAMP, photometric=0), size=16, channels=1)
+    np.testing.assert_array_equal(found.ravel(), np.arange(255, -1, -1))
+
+
+def test_one_transparent_grey_of_sixteen_bits():
+    data = encoded(Image.fromarray(RAMP), transparency=int(RAMP[0, 3]))
+    found = loaded(data, size=16, channels=1, background=(200, 200, 200)).ravel()
+    assert found[3] == 200
+    np.testing.assert_array_equal(np.delete(found, 3), np.delete(np.arange(256), 3))
+
+
+def test_floating_point_pictures():
+    ramp = (np.arange(256) / 255).astype(np.float32).reshape(16, 16)
+    found = loaded(encoded(Image.fromarray(ramp), "TIFF"), size=16, channels=1)
+    np.testing.assert_array_equal(found.ravel(), np.arange(256))
+    for value in (255.0, -1.0, np.nan, np.inf):
+        ramp[3, 3] = value
+        with pytest.raises(UsageError, match=r"got it: floating-point values must be in \[0, 1\]"):
+            loaded(encoded(Image.fromarray(ramp), "TIFF"))
+
+
+def test_whole_numbers_of_32_bits_are_refused():
+    with pytest.raises(UsageError, match="got it: whole numbers of 32 bits"):
+        loaded(encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"))
+
+
+def transparent(mode):
+    """Four pictures of 1 x 4 pixels: red or black, of opacity 0, 1/3 (if the mode can) and 1."""
+    alpha = [0, 85, 170, 255] if mode in ("RGBA", "LA") else [0, 0, 255, 255]
+    image = Image.new("RGBA", (4, 4))
+    image.putdata([(255 if mode != "LA" else 0, 0, 0, a) for _ in range(4) for a in alpha])
+    if mode == "LA":
+        return encoded(image.convert("LA")), [0, 0, 0], alpha
+    if mode == "RGBA":
+        return encoded(image), [255, 0, 0], alpha
+    indexed = Image.frombytes("P", (4, 4), bytes([0, 0, 1, 1] * 4))
+    indexed.putpalette([9, 9, 9, 255, 0, 0])
+    if mode == "PA":
+        both = Image.merge("PA", (Image.new("P", (4, 4), 1), image.getchannel("A")))
+        both.putpalette([9, 9, 9, 255, 0, 0])
+        return encoded(both, "TIFF"), [255, 0, 0], alpha
+    if mode == "RGB":
+        return encoded(indexed.convert("RGB"), transparency=(9, 9, 9)), [255, 0, 0], alpha
+    how = {"P": 0, "P of bytes": bytes([0, 255])}[mode]
+    return encoded(indexed, transparency=how), [255, 0, 0], alpha
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P of bytes", "PA", "RGB"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
+def test_transparency_shows_the_background(mode, background):
+    data, color, alpha = transparent(mode)
+    opacity = np.array(alpha)[None, :, None] / 255
+    expected = opacity * np.array(color) + (1 - opacity) * np.array(background)
+    found = loaded(data, background=background)
+    assert np.abs(found - expected).max() <= 0.5 + 1e-9
+    assert (loaded(data, channels=1)[:, 0] == 255).all()
+
+
+def test_opaque_pixels_keep_their_values():
+    image = Image.fromarray(COLORS)
+    image.putalpha(255)
+    np.testing.assert_array_equal(loaded(image), COLORS)
+    np.testing.assert_array_equal(loaded(Image.fromarray(COLORS)), COLORS)
+    grey = Image.fromarray(COLORS[..., 0])
+    np.testing.assert_array_equal(loaded(grey, channels=1)[..., 0], COLORS[..., 0])
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_modes_are_those_of_pillow(mode, channels):
+    image = Image.fromarray(COLORS).convert(mode)
+    expected = image.convert("L" if channels == 1 else "RGB")
+    found = loaded(encoded(image, "TIFF"), channels=channels)
+    np.testing.assert_array_equal(found.squeeze(), np.asarray(expected))
+
+
+def test_lab():
+    """L 100 is white, L 0 black, a and b are signed: positive a is red against green."""
+    values = [(255, 0, 0), (0, 0, 0), (128, 60, 0), (128, 196, 0)]  # 196 is -60
+    image = Image.frombytes("LAB", (2, 2), bytes(sum(values, ())))
+    white, black, red, green = loaded(encoded(image, "TIFF"), size=2).reshape(4, 3).astype(int)
+    assert white.min() >= 254
+    assert black.max() <= 1
+    assert red[0] > red[1] + 80
+    assert green[1] > green[0] + 80
+
+
+def profile(primaries=None):
+    """The bytes of an ICC profile: sRGB, or one whose red and blue are exchanged."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if primaries == "exchanged":
+        data = data.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+    return data
+
+
+def test_profiles_are_converted_to_srgb():
+    image = Image.fromarray(COLORS)
+    np.testing.assert_array_equal(loaded(encoded(image, icc_profile=profile())), COLORS)
+    other = encoded(image, icc_profile=profile("exchanged"))
+    assert np.abs(loaded(other)[..., ::-1].astype(int) - COLORS).max() <= 2
+    for useless in (b"no profile", profile("exchanged")[:200]):
+        np.testing.assert_array_equal(loaded(encoded(image, icc_profile=useless)), COLORS)
+    grey = encoded(Image.fromarray(COLORS[..., 0]), icc_profile=profile("exchanged"))  # not of grey
+    np.testing.assert_array_equal(loaded(grey, channels=1)[..., 0], COLORS[..., 0])
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    for kind in ("GIF", "PNG", "TIFF"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert (loaded(data) == [255, 0, 0]).all(), kind
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1)])
+def test_odd_shapes(size):
+    assert (loaded(Image.new("RGB", size, (1, 2, 3)), size=8) == [1, 2, 3]).all()
+
+
+def test_huge_pictures(monkeypatch):
+    """Up to twice Pillow's limit they are read in silence, above it they are refused."""
+    data = encoded(Image.new("L", (40, 40), 7))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert (loaded(data) == 7).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(UsageError, match="got it: Image size"):
+        loaded(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
+def test_truncated_files_are_refused(kind):
+    data = encoded(Image.effect_noise((64, 64), 90), kind)
+    for length in (0, 10, len(data) // 2):
+        with pytest.raises(UsageError, match="must be pictures, got it: "):
+            loaded(data[:length])
+
+
+def test_what_is_missing_is_named():
+    for record, missing in ((Record("x", None, 0), "picture"), (Record("x", b"", None), "label")):
+        with pytest.raises(UsageError, match=f"got x: no {missing}"):
+            load_image(record, image_size=4, channels=1)
+
+
+def test_the_background_is_a_setting(tmp_path):
+    Image.new("RGBA", (4, 4)).save(tmp_path / "0.png")
+    ask = {"path": str(tmp_path), "image_size": 4, "channels": 3}
+    for background, expected in ((0, [0, 0, 0]), ([1, 2, 255], [1, 2, 255])):
+        image = Folder(**ask, background=background).image
+        expected = torch.tensor(expected)[:, None, None] / 127.5 - 1
+        torch.testing.assert_close(image[0], expected.expand(3, 4, 4))
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_cannot_be_read_is_named(folder, in_memory, monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES_IN_MEMORY", 2**32 if in_memory else 0)
-    (folder / "cat" / "notes.txt").write_text("no picture")
+    (folder / "cat" / "notes.png").write_text("no picture")
     (folder / ".DS_Store").write_text("hidden files are nobody's pictures")
     ask = {"path": str(folder), "image_size": 8, "channels": 1, "batch_size": 13, "max_steps": 1}
-    with pytest.warns(UserWarning, match=r"skipped: .*notes\.txt"):
+    with pytest.warns(UserWarning, match=r"skipped: .*notes\.png"):
         image, _ = next(iter(Folder(**ask).train_dataloader()))
     assert len(image) == 13  # none is missing from the batch
-    with pytest.raises(ValueError, match=r"pictures, got .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"pictures, got .*notes\.png"):
         Folder(**ask, on_error="raise").train_dataloader()
 
 
@@ -161,7 +400,7 @@ def test_the_hub_schema(shards):
     assert torch.allclose(image[2], torch.tensor(40 / 127.5 - 1))
     with pytest.raises(ValueError, match="must be among"):
         Hub(**ask | {"label_column": "label"}, image_size=8).image  # noqa: B018
-    with pytest.raises(ValueError, match=r"data\.path=FOLDER"):
+    with pytest.raises(ValueError, match="must be a folder of pictures"):
         Hub(path=str(shards / "none"), image_size=8, channels=3).image  # noqa: B018
 
 
