@@ -368,7 +368,8 @@ class Pretrained(nn.Module, ModelHubMixin):
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         folder = _path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", HASH: weights_hash(state)}
+        # A single entry: with several, their order and so the bytes of the file would be random.
+        metadata = {HASH: weights_hash(state)}
         with written_whole(folder / CONFIG) as config_part:
             config_part.write_text(text, encoding="utf-8")
             with written_whole(folder / WEIGHTS) as part:

@@ -5,23 +5,19 @@ A dataset is indexed with a whole batch of indices `[B]` and returns images `[B,
 function `load` from a record to bytes `[C, H, W]`, usually `load_image` with its settings bound.
 """
 
-import io
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, count, islice
-from pathlib import Path
+from itertools import chain, count, islice, tee
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 
-from rolldiff.errors import UsageError, reason
+from rolldiff.data.pixels import Load, Record, load_image
+from rolldiff.errors import UsageError, warn_user
 
 __all__ = [
     "HFlip",
@@ -34,60 +30,23 @@ __all__ = [
     "StreamingImages",
     "load_image",
     "load_images",
+    "permutation",
+    "readable",
+    "stacked",
 ]
 
 Batch = tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]
 OnError = Literal["skip", "raise"]
 
-
-@dataclass(frozen=True)
-class Record:
-    """An image that is not decoded yet.
-
-    Attributes:
-        name: identifies the image in error messages.
-        data: its encoded bytes, or the file that holds them.
-        label: its class; 0 without classes.
-    """
-
-    name: str
-    data: bytes | Path
-    label: int
+NO_PICTURE = "data must hold a picture at least, got none"
+LOOKAHEAD = 1000  # records after a batch without a readable image that are tried
+EPOCHS = 1_000_003  # per seed, in the keys of torch's generator
 
 
-Load = Callable[[Record], Tensor]
-
-
-def load_image(record: Record, *, image_size: int, channels: int) -> UInt8[Tensor, "C H W"]:
-    """Decode an image, crop it to its central square and resize it.
-
-    An image that already has the requested size keeps its exact pixel values.
-
-    Args:
-        record: the encoded image.
-        image_size: side of the square in pixels.
-        channels: 1 for grey, 3 for RGB.
-
-    Raises:
-        UsageError: if the data is not an image, or is damaged.
-    """
-    data = record.data
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    # Decoders raise almost any exception on a damaged file.
-    except Exception as error:
-        raise UsageError(f"data must be pictures, got {record.name}: {reason(error)}") from error
-    size = (image_size, image_size)
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image).reshape(*size, channels)).permute(2, 0, 1)
-
-
-def load_images(
+def readable(
     records: Iterable[Record], load: Load, *, on_error: OnError
-) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
-    """Decode all records, in order.
+) -> Iterator[tuple[UInt8[Tensor, "C H W"], int]]:
+    """The decoded images of the records and their labels, without those that cannot be read.
 
     Args:
         records: the encoded images.
@@ -95,20 +54,43 @@ def load_images(
         on_error: whether an unreadable image is skipped with a warning or raises.
 
     Raises:
-        UsageError: if an image is unreadable and `on_error` is `raise`, or if none is left.
+        UsageError: if an image is unreadable and `on_error` is `raise`.
     """
-    images, labels = [], []
     for record in records:
         try:
-            images.append(load(record))
-        except ValueError as error:
+            image = load(record)
+        except UsageError as error:
             if on_error == "raise":
                 raise
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+            warn_user(f"skipped: {error}")
             continue
-        labels.append(record.label)
-    if not images:
-        raise UsageError("data must hold a picture at least, got none")
+        assert record.label is not None  # `load` has refused it
+        yield image, record.label
+
+
+def load_images(
+    records: Iterable[Record], load: Load, *, on_error: OnError
+) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
+    """Decode all records, in order; see `readable`.
+
+    Raises:
+        UsageError: if an image is unreadable and `on_error` is `raise`, or if none is left.
+    """
+    return stacked(readable(records, load, on_error=on_error))
+
+
+def stacked(
+    pairs: Iterable[tuple[Tensor, int]],
+) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
+    """Images and their labels as two tensors.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise UsageError(NO_PICTURE)
+    images, labels = zip(*pairs, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -138,17 +120,14 @@ class LazyImages(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: Int[Tensor, " B"]) -> Batch:
-        images, labels = zip(*map(self._first_readable, index.tolist()), strict=True)
-        return _scale(torch.stack(images)), torch.tensor(labels)
+        image, label = stacked([self._first_readable(start) for start in index.tolist()])
+        return _scale(image), label
 
     def _first_readable(self, start: int) -> tuple[Tensor, int]:
-        for i in range(start, start + len(self)):
-            record = self.records[i % len(self)]
-            try:
-                return self.load(record), record.label
-            except ValueError as error:
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-        raise UsageError("data must hold a picture at least, got none")
+        records = (self.records[i % len(self)] for i in range(start, start + len(self)))
+        for pair in readable(records, self.load, on_error="skip"):
+            return pair
+        raise UsageError(NO_PICTURE)
 
 
 class HFlip(Dataset):
@@ -169,13 +148,17 @@ class HFlip(Dataset):
         image, label = self.dataset[self.subset[index % size]]
         return torch.where((index >= size)[:, None, None, None], image.flip(-1), image), label
 
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch, for a `DataLoader` whose batches are lists of indices."""
+        return self[torch.tensor(indices)]
+
 
 class StreamingImages(IterableDataset):
     """Batches decoded from a stream of records, for sources too large to be fetched first.
 
     Global batch `b` always holds the records from `b * batch_size * world_size` on. An unreadable
-    image is replaced by another one of its batch. Resuming skips the records of earlier batches
-    without decoding them.
+    image is replaced by another one of its batch, or by the next readable one if there is none.
+    Resuming skips the records of earlier batches without decoding them.
 
     Args:
         records: returns the records of an epoch, given its number.
@@ -207,17 +190,30 @@ class StreamingImages(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         done = self.batches_done()
         global_batch = self.batch_size * self.world_size
-        records = chain.from_iterable(self.records(epoch) for epoch in count())
+        records: Iterator[Record] = chain.from_iterable(map(self._epoch, count()))
         for _ in islice(records, done * global_batch):
             pass
         for _ in _rest_of_epoch(done, self.batches_per_epoch):
             share = list(islice(records, global_batch))[self.rank :: self.world_size]
-            image, label = load_images(share, self.load, on_error=self.on_error)
+            pairs = list(readable(share, self.load, on_error=self.on_error))
+            if not pairs:
+                records, copy = tee(records)
+                ahead = readable(islice(copy, LOOKAHEAD), self.load, on_error=self.on_error)
+                pairs = list(islice(ahead, 1))
             # Images that were skipped are made up for by repeating the first ones.
-            yield InMemoryImages(image, label)[torch.arange(self.batch_size) % len(image)]
+            yield InMemoryImages(*stacked(pairs))[torch.arange(self.batch_size) % len(pairs)]
+
+    def _epoch(self, number: int) -> Iterator[Record]:
+        found = False
+        for record in self.records(number):
+            found = True
+            yield record
+        if not found:  # otherwise the search for a record would never end
+            raise UsageError(NO_PICTURE)
 
 
-class ResumableSampler(Sampler):
+# Lightning's `overfit_batches` replaces any sampler that is not of this class.
+class ResumableSampler(SequentialSampler):
     """Batches of indices, in an order that depends on the seed alone.
 
     The dataset is traversed in one permutation after another. Batch `b` is the same whether
@@ -230,6 +226,8 @@ class ResumableSampler(Sampler):
         batches_per_epoch: batches until the loader ends an epoch.
         seed: of the permutations.
         batches_done: returns the number of batches before this epoch, or before resuming.
+        limit: how many batches of an epoch are used; None for all.
+        overfit: use the same batches in every epoch.
         rank: index of this process.
         world_size: number of processes.
     """
@@ -242,18 +240,24 @@ class ResumableSampler(Sampler):
         batches_per_epoch: int,
         seed: int = 0,
         batches_done: Callable[[], int] = lambda: 0,
+        limit: int | None = None,
+        overfit: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        super().__init__(range(num_samples))
         self.num_samples, self.seed = num_samples, seed
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self.batches_done, self.rank, self.world_size = batches_done, rank, world_size
+        self.limit, self.overfit = limit, overfit
 
     def __len__(self) -> int:
         return self.batches_per_epoch
 
-    def __iter__(self) -> Iterator[Int[Tensor, " B"]]:
-        for batch in _rest_of_epoch(self.batches_done(), self.batches_per_epoch):
+    def __iter__(self) -> Iterator[Int[Tensor, " B"]]:  # type: ignore[override]
+        epoch = min(self.batches_per_epoch, self.limit or self.batches_per_epoch)
+        for number in _rest_of_epoch(self.batches_done(), epoch):
+            batch = number % epoch if self.overfit else number
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield self._indices(torch.arange(start, start + self.batch_size))
 
@@ -262,16 +266,27 @@ class ResumableSampler(Sampler):
         epoch, offset = position // self.num_samples, position % self.num_samples
         index = torch.empty_like(position)
         for number in epoch.unique().tolist():
-            order = _permutation(self.num_samples, self.seed, number)
+            order = permutation(self.num_samples, self.seed, epoch=number)
             index[epoch == number] = order[offset[epoch == number]]
         return index
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+def permutation(size: int, seed: int, *, epoch: int | None = None) -> Int[Tensor, " N"]:
+    """A random order of `size` indices, which differs between any two pairs of seed and epoch.
+
+    Args:
+        size: number of indices.
+        seed: any whole number of 0 or more.
+        epoch: number of the epoch; None outside of a training.
+    """
     # A plain sum would give seed 0, epoch 1 and seed 1, epoch 0 the same order.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(size, generator=generator)
+    key = seed if epoch is None else seed * EPOCHS + epoch
+    if key < 2**32 and (epoch is None or epoch < EPOCHS):
+        return torch.randperm(size, generator=torch.Generator().manual_seed(key))
+    # Torch's generator takes keys modulo 2**32, so that larger ones would collide.
+    sequence = np.random.SeedSequence(seed, spawn_key=() if epoch is None else (epoch,))
+    return torch.from_numpy(np.random.default_rng(sequence).permutation(size))
 
 
 def _rest_of_epoch(done: int, batches_per_epoch: int) -> range:

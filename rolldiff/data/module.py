@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from rolldiff.data.datasets import (
     HFlip,
@@ -27,12 +27,15 @@ from rolldiff.data.datasets import (
     ResumableSampler,
     load_image,
     load_images,
+    permutation,
 )
-from rolldiff.errors import UsageError
+from rolldiff.data.pixels import Color
+from rolldiff.errors import UsageError, finite_number, whole_number
 
 __all__ = ["Images"]
 
 MAX_BYTES_IN_MEMORY = 2**32  # of decoded images; larger datasets are decoded lazily
+FEW = 2000  # images that stand for a large dataset in comparisons and validations
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,14 +46,15 @@ class Images(L.LightningDataModule, ABC):
         image_size: side in pixels; images of another size are cropped to a square and resized.
         channels: 1 for grey, 3 for RGB.
         batch_size: examples per batch and process.
-        max_steps: batches per epoch.
-        seed: of the split and of the order.
+        max_steps: optimizer steps per epoch.
+        seed: of the split and of the order; any whole number of 0 or more.
         flip: also train on the mirror image of every image, which doubles the dataset.
         held_out: fraction of the images that is never trained on, in [0, 1).
         reference_images: number of training images that samples are compared to, 2 or more, chosen
-            at random; None takes all.
+            at random; None takes all, or 2,000 if all of them as floats exceed 4 GiB.
         on_error: whether an unreadable image is skipped with a warning or raises.
         workers: processes that decode images, if the dataset is too large to be held decoded.
+        background: the colour behind transparent pixels, a grey or three numbers in 0 … 255.
     """
 
     image_size: int
@@ -63,23 +67,29 @@ class Images(L.LightningDataModule, ABC):
     reference_images: int | None = None
     on_error: OnError = "skip"
     workers: int = 0
+    background: int | Sequence[int] = 255
 
     def __post_init__(self) -> None:
         super().__init__()
-        if min(self.batch_size, self.max_steps, self.image_size) < 1:
-            raise UsageError(
-                "batch_size, max_steps and image_size must be 1 or more, got "
-                f"{self.batch_size}, {self.max_steps} and {self.image_size}"
-            )
-        if self.channels not in (1, 3):
+        for name in ("image_size", "batch_size", "max_steps"):
+            setattr(self, name, whole_number(getattr(self, name), name))
+        for name in ("seed", "workers"):
+            setattr(self, name, whole_number(getattr(self, name), name, minimum=0))
+        if whole_number(self.channels, "channels") not in (1, 3):
             raise UsageError(f"channels must be 1 or 3, got {self.channels}")
-        if not 0 <= self.held_out < 1:
-            raise UsageError(f"held_out must be in [0, 1), got {self.held_out}")
-        if self.reference_images is not None and self.reference_images < 2:
-            raise UsageError(f"reference_images must be 2 or more, got {self.reference_images}")
+        self.channels = int(self.channels)
+        self.held_out = finite_number(self.held_out, "held_out", minimum=0, maximum=1)
+        if self.held_out == 1:
+            raise UsageError("held_out must be in [0, 1), got 1")
+        if self.reference_images is not None:
+            number = whole_number(self.reference_images, "reference_images", minimum=2)
+            self.reference_images = number
+        if not isinstance(self.flip, bool):
+            raise UsageError(f"flip must be true or false, got {self.flip!r}")
         if self.on_error not in ("skip", "raise"):
             raise UsageError(f"on_error must be skip or raise, got {self.on_error!r}")
-        self._batches_seen = 0
+        self._color = _color(self.background)
+        self._batches_before = 0
 
     @abstractmethod
     def build_dataset(self) -> Dataset:
@@ -88,6 +98,16 @@ class Images(L.LightningDataModule, ABC):
         Raises:
             UsageError: if an image is unreadable and `on_error` is `raise`, or if none is left.
         """
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in the order of their labels; None if they have no names."""
+        return None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 without labels."""
+        return len(self.class_names or ())
 
     def from_records(self, records: Sequence[Record]) -> Dataset:
         """A dataset of encoded images: decoded now if they fit into memory, else when indexed."""
@@ -101,7 +121,12 @@ class Images(L.LightningDataModule, ABC):
     @property
     def load(self) -> Load:
         """Decodes one record to the size and the channels of this source."""
-        return partial(load_image, image_size=self.image_size, channels=self.channels)
+        return partial(
+            load_image,
+            image_size=self.image_size,
+            channels=self.channels,
+            background=self._color,
+        )
 
     @property
     def rank(self) -> int:
@@ -113,12 +138,16 @@ class Images(L.LightningDataModule, ABC):
         """Number of processes in distributed training."""
         return self.trainer.world_size if self.trainer else 1
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training batches per epoch: `max_steps`, times those of which gradients accumulate."""
+        return self.max_steps * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+
     def batches_seen(self) -> int:
         """Training batches so far, including those before a checkpoint."""
-        if (trainer := self.trainer) is not None and trainer.training:
-            ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            self._batches_seen = max(self._batches_seen, ready)
-        return self._batches_seen
+        if (trainer := self.trainer) is None:
+            return self._batches_before
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
     @property
     def image(self) -> Float[Tensor, "B C H W"]:
@@ -135,9 +164,11 @@ class Images(L.LightningDataModule, ABC):
         sampler = ResumableSampler(
             len(train) * (2 if self.flip else 1),
             batch_size=self.batch_size,
-            batches_per_epoch=self.max_steps,
+            batches_per_epoch=self.batches_per_epoch,
             seed=self.seed,
             batches_done=self.batches_seen,
+            limit=self._batches_used,
+            overfit=self._overfit,
             rank=self.rank,
             world_size=self.world_size,
         )
@@ -145,19 +176,41 @@ class Images(L.LightningDataModule, ABC):
             HFlip(self._dataset, train),
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches: no collating
-            num_workers=self.workers if isinstance(self._dataset, LazyImages) else 0,
+            num_workers=self._num_workers,
         )
+
+    @property
+    def _batches_used(self) -> int:
+        """Batches of an epoch within the trainer's `limit_train_batches`."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        batches = self.batches_per_epoch
+        return min(limit, batches) if isinstance(limit, int) else max(int(limit * batches), 1)
+
+    @property
+    def _overfit(self) -> bool:
+        """Whether the trainer's `overfit_batches` repeats the same batches in every epoch."""
+        return bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
 
     def val_dataloader(self) -> Any:
         train, held_out = self._split
-        image, label = self._dataset[held_out if len(held_out) else train[:2000]]
-        return DataLoader(TensorDataset(image, label), batch_size=500)
+        chosen = held_out if len(held_out) else self._some(train, FEW)
+        return DataLoader(
+            HFlip(self._dataset, chosen),
+            sampler=SequentialSampler(range(len(chosen))),  # without the mirror images
+            batch_size=500,
+            collate_fn=_as_it_is,
+            num_workers=self._num_workers,
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.batches_seen()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._batches_seen = state_dict["batches"]
+        self._batches_before = state_dict["batches"]
+
+    @property
+    def _num_workers(self) -> int:
+        return self.workers if isinstance(self._dataset, LazyImages) else 0
 
     @cached_property
     def _dataset(self) -> Dataset:
@@ -167,17 +220,41 @@ class Images(L.LightningDataModule, ABC):
     def _split(self) -> tuple[Int[Tensor, " A"], Int[Tensor, " B"]]:
         """Indices of the images trained on, and of those held out."""
         size = len(self._dataset)  # type: ignore[arg-type]
-        order = self._permutation(size) if self.held_out else torch.arange(size)
         num_held_out = int(self.held_out * size)
+        if self.held_out and not 0 < num_held_out < size:
+            raise UsageError(
+                f"held_out must leave an image to hold out and one to train on, got {self.held_out}"
+                f" of {size} images"
+            )
+        order = permutation(size, self.seed) if self.held_out else torch.arange(size)
         train, held_out = order.split([size - num_held_out, num_held_out])
         return train.sort().values, held_out.sort().values
 
     @cached_property
     def _reference(self) -> tuple[Tensor, Tensor]:
         train = self._split[0]
-        if self.reference_images is not None and self.reference_images < len(train):
-            train = train[self._permutation(len(train))[: self.reference_images]]
-        return self._dataset[train]
+        number = self.reference_images
+        if number is None:
+            floats = len(train) * self.channels * self.image_size**2
+            number = FEW if 4 * floats > MAX_BYTES_IN_MEMORY else len(train)
+        return self._dataset[self._some(train, number)]
 
-    def _permutation(self, size: int) -> Int[Tensor, " N"]:
-        return torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+    def _some(self, index: Int[Tensor, " N"], number: int) -> Int[Tensor, " M"]:
+        """At most `number` of the indices, chosen at random."""
+        if number >= len(index):
+            return index
+        return index[permutation(len(index), self.seed)[:number]]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _color(value: Any) -> Color:
+    numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if len(numbers) not in (1, 3):
+        raise UsageError(f"background must be a grey or three numbers, got {value!r}")
+    red, green, blue = (
+        whole_number(n, "background", minimum=0, maximum=255) for n in (numbers * 3)[:3]
+    )
+    return red, green, blue
