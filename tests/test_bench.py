@@ -37,9 +37,15 @@ from rolldiff.cli import config_dir
 from rolldiff.decoder import Cost, DecodeOutput
 from rolldiff.errors import UsageError
 from rolldiff.evaluation import report
-from rolldiff.evaluation.features import Pixels
+from rolldiff.evaluation.features import Classifier, Pixels
 from rolldiff.evaluation.images import save_images
-from rolldiff.evaluation.measure import Evaluator, Processes, _Batch, expected_cost
+from rolldiff.evaluation.measure import (
+    Evaluator,
+    Processes,
+    _Batch,
+    expected_cost,
+    extract_features,
+)
 from rolldiff.evaluation.report import config_label, pareto_front
 from rolldiff.evaluation.results import SETTINGS, Results, Timings
 from rolldiff.evaluation.sweep import bench, grid, match_cost
@@ -784,6 +790,26 @@ def test_seams_that_are_undefined_are_left_out(monkeypatch):
     monkeypatch.setattr(Evaluator, "decode", lambda *_, **__: flat)
     found = evaluator.measure(DecodeConfig(steps=1, num_groups=2)).metrics
     assert set(found) == set(evaluator.metric_names)
+
+
+def test_the_features_of_many_images_are_those_of_each():
+    image = torch.rand(1203, 1, 8, 8)
+    assert extract_features(image, Pixels(), device=image.device).data_ptr() == image.data_ptr()
+    torch.manual_seed(0)
+    extractor = Classifier(1, 2)
+    found = extract_features(image, extractor, device=image.device)
+    assert found.shape == (1203, 64)
+    torch.testing.assert_close(found[[0, 499, 500, 1202]], extractor(image[[0, 499, 500, 1202]]))
+
+
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_extractors_have_different_names(run, tmp_path):
+    twice = [
+        "+features.mine._target_=rolldiff.evaluation.features.Pixels",
+        "bench.features=[pixels,mine]",
+    ]
+    with pytest.raises(UsageError, match="bench.features must have different names, got pixels"):
+        bench(ask(run, tmp_path, *twice), conf=config_dir())
 
 
 def test_progress_may_be_off(run, tmp_path, capsys):

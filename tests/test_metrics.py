@@ -8,6 +8,7 @@ from torchmetrics.image.kid import poly_mmd
 from rolldiff import GroupSchedule
 from rolldiff.evaluation import metrics
 from rolldiff.evaluation.metrics import (
+    all_finite,
     band_distances,
     frechet_distance,
     kernel_distance,
@@ -213,6 +214,25 @@ def test_no_metric_of_pixels_that_are_not_finite():
             psnr(*arguments)
         with pytest.raises(ValueError, match="finite"):
             band_distances(*arguments)
+
+
+@pytest.mark.parametrize("counts", [(500, 300), (500, 20), (20, 500)])
+def test_frechet_distance_in_parts(monkeypatch, counts):
+    """The parts are those of float64 copies; the last one may be short."""
+    real, fake = (3 + torch.randn(count, 16).double() for count in counts)
+    whole = frechet_distance(real, 2 * fake)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    torch.testing.assert_close(frechet_distance(real, 2 * fake), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole, of_gaussians(*moments(real, 2 * fake)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite(dtype):
+    values = torch.tensor([[1.0, -3.0], [0.0, 2.0]], dtype=dtype)
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(torch.where(values == 0, bad, values))
 
 
 def test_features_whose_squares_are_not_finite_have_no_distance():

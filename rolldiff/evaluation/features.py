@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolldiff.errors import UsageError, finite_number, reason, whole_number
+from rolldiff.evaluation.metrics import all_finite
 from rolldiff.files import written_whole
 
 __all__ = [
@@ -77,14 +78,14 @@ class Extractor(nn.Module):
             raise UsageError(
                 f"image must have shape (B, {channels}, H, W), got {tuple(image.shape)}"
             )
-        if not image.isfinite().all():
+        if not all_finite(image):
             raise UsageError(f"image must be finite, got pixels for {self.name} that are not")
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             features = self.features(image.float())
         if not isinstance(features, Tensor) or features.shape[:-1] != image.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise UsageError(f"features must be a tensor of shape (B, F), got {found}")
-        if not features.isfinite().all():
+        if not all_finite(features):
             raise UsageError(f"features of {self.name} must be finite, got some that are not")
         return features
 
@@ -230,7 +231,7 @@ def unclassifiable(image: Float[Tensor, "N C H W"], label: Int[Tensor, " N"]) ->
         )
     if label.min() == label.max():
         return f"label must be of two classes or more, got only {int(label[0])}"
-    if not image.isfinite().all():
+    if not all_finite(image):
         return "image must be finite, got pixels that are not"
     return None
 

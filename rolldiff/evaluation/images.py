@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rolldiff.errors import UsageError
+from rolldiff.evaluation.metrics import all_finite
 from rolldiff.files import written_whole
 
 __all__ = ["labelled_rows", "make_grid", "save_gif", "save_images", "save_npz", "save_picture"]
@@ -148,7 +149,7 @@ def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> in
 
 
 def _finite_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
-    if not image.isfinite().all():
+    if not all_finite(image):
         raise UsageError("image must be finite, got pixels that are not")
     return _to_bytes(image)
 

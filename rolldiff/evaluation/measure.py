@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
 from rolldiff.diffusion.schedule import decode_order
-from rolldiff.evaluation.features import Extractor
+from rolldiff.evaluation.features import Extractor, Pixels
 from rolldiff.evaluation.metrics import (
     band_distances,
     boundaries,
@@ -285,6 +285,8 @@ def extract_features(
     image: Float[Tensor, "N C H W"], extractor: Extractor, *, device: torch.device
 ) -> Float[Tensor, "N F"]:
     """The features of many images, a part at a time."""
+    if isinstance(extractor, Pixels):
+        return extractor(image)  # a view of the images
     features = image.new_empty(0, 0)
     for start, part in zip(range(0, len(image), BATCH), image.split(BATCH), strict=True):
         found = extractor(part.to(device)).cpu()

@@ -12,6 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from rolldiff.errors import UsageError, whole_number
 
 __all__ = [
+    "all_finite",
     "band_distances",
     "boundaries",
     "frechet_distance",
@@ -50,12 +51,11 @@ def frechet_distance(real: Float[Tensor, "A F"], fake: Float[Tensor, "B F"]) -> 
     """
     _check_features(real, fake, minimum=2)
     with torch.autocast(real.device.type, enabled=False):
-        a, b = real.detach().double(), fake.detach().double()
-        between = (a.mean(0) - b.mean(0)).square().sum()
-        root_a, root_b = _covariance_root(a), _covariance_root(b)
+        (mean_a, root_a), (mean_b, root_b) = (_moments(side.detach()) for side in (real, fake))
+        between = (mean_a - mean_b).square().sum()
         sums = between + root_a.square().sum() + root_b.square().sum()
         if not sums.isfinite():
-            largest = max(float(a.abs().max()), float(b.abs().max()))
+            largest = max(abs(float(end)) for side in (real, fake) for end in side.aminmax())
             raise UsageError(f"features must have finite squares, got features up to {largest:.4g}")
         distance = sums - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()
     return distance.clamp(min=0)  # below it is rounding
@@ -68,15 +68,28 @@ def _check_features(real: Tensor, fake: Tensor, *, minimum: int) -> None:
             raise UsageError(f"features must have shape (B, {size}), got {tuple(side.shape)}")
         if len(side) < minimum:
             raise UsageError(f"{name} must have {minimum} samples or more, got {len(side)}")
-        if not side.isfinite().all():
+        if not all_finite(side):
             raise UsageError(f"features must be finite, got {name} ones that are not")
 
 
-def _covariance_root(features: Float[Tensor, "B F"]) -> Float[Tensor, "R F"]:
-    """A root `X` of the covariance `X' X`, with no more rows than features."""
-    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
-    # QR keeps X' X and leaves a triangle of F rows, however many samples there are.
-    return torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of as many values."""
+    return not values.numel() or all(end.isfinite() for end in values.aminmax())
+
+
+def _moments(features: Float[Tensor, "B F"]) -> tuple[Tensor, Tensor]:
+    """The mean, and a root `X` of the covariance `X' X` with no more rows than features."""
+    count, size = features.shape
+    # In parts, because they are converted to float64.
+    parts = features.split(max(BLOCK, 2 * size))
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / count
+    root = mean.new_empty(0, size)
+    for part in parts:
+        root = torch.cat([root, (part.double() - mean) / (count - 1) ** 0.5])
+        if len(root) > size:
+            # QR keeps X' X and leaves a triangle of F rows, however many samples there are.
+            root = torch.linalg.qr(root, mode="r").R
+    return mean, root
 
 
 def pixel_distance(real: Float[Tensor, "A C H W"], fake: Float[Tensor, "B C H W"]) -> float:
@@ -206,7 +219,7 @@ def seam_ratio(
 
 def _mean_gradient(image: Float[Tensor, "B C H W"]) -> Float[Tensor, " P"]:
     """The mean difference of neighbouring pixels, vertical then horizontal."""
-    if not image.isfinite().all():
+    if not all_finite(image):
         raise UsageError("image must be finite, got pixels that are not")
     total: Tensor | int = 0
     for part in image.split(BLOCK):  # in parts, because they are converted to float64
@@ -233,6 +246,6 @@ def psnr(image: Tensor, other: Tensor) -> float:
         UsageError: if a pixel is not finite.
     """
     for name, side in (("image", image), ("other", other)):
-        if not side.isfinite().all():
+        if not all_finite(side):
             raise UsageError(f"{name} must be finite, got pixels that are not")
     return float(peak_signal_noise_ratio(other, image, data_range=(-1.0, 1.0)))

@@ -249,8 +249,8 @@ def _held(folder: Path, group: Processes) -> Iterator[None]:
             remove_parts(folder)
             yield
         finally:
-            if missing and [path.name for path in folder.iterdir()] == [LOCK]:
-                with suppress(OSError):
+            with suppress(OSError):
+                if missing and [path.name for path in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
                     for path in missing:
                         path.rmdir()
@@ -404,10 +404,12 @@ def _evaluator(cfg: DictConfig, sweep: _Sweep, decoder: Decoder, group: Processe
             f"data must have labels in 0 … {classes - 1}, as the decoder's, got "
             f"{label.min()} … {label.max()}"
         )
-    extractors = {}
+    extractors: dict[str, Extractor] = {}
     for name in _usable(cfg, sweep.features, image, label):
         with group.main_first():
             made = _extractor(cfg.features[name], image, label, name=name)
+        if made.name in extractors:
+            raise UsageError(f"bench.features must have different names, got {made.name} again")
         extractors[made.name] = made.to(decoder.device)
     return Evaluator(
         decoder=decoder,
