@@ -213,6 +213,8 @@ class Hub(Images):
         self._root = None if self.path is None else _folder(self.path)
         if set("*?[]") & set(str(self._root or "")):  # `datasets` would expand them
             raise UsageError(f"data.path must be free of * ? [ ] for a hub set, got {self.path}")
+        if not isinstance(self.split, str) or not self.split:
+            raise UsageError(f"split must be the name of a split, got {self.split!r}")
         if not isinstance(self.streaming, bool):
             raise UsageError(f"streaming must be true or false, got {self.streaming!r}")
         if self.streaming and (self.held_out or self.flip or self.reference_images is None):
