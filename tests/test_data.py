@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import struct
 from pathlib import Path
 
 import lightning as L
@@ -192,6 +193,16 @@ def test_sixteen_bits_of_other_byte_order_or_sign_of_grey():
     np.testing.assert_array_equal(found.ravel(), np.arange(256))
     found = loaded(tiff(RAMP, photometric=0), size=16, channels=1)
     np.testing.assert_array_equal(found.ravel(), np.arange(255, -1, -1))
+
+
+def test_twelve_bits_of_a_microscope():
+    """Pillow opens such a TIFF file as one of 16 bits, and does not scale it."""
+    rows = bytes([0x00, 0x0F, 0xFF, 0x80, 0x80, 0x10])  # 0 and 4095; 2056 and 16
+    tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: len(rows)}
+    entries = [struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items()]
+    end = struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+    found = loaded(struct.pack("<2sHI", b"II", 42, 8 + len(rows)) + rows + end, size=2, channels=1)
+    assert found.ravel().tolist() == [0, 255, round(2056 / 4095 * 255), 1]
 
 
 def test_one_transparent_grey_of_sixteen_bits():
@@ -1122,3 +1133,23 @@ def test_a_checkpoint_of_a_validation_knows_the_batches(trained, tmp_path, accum
     trained(val_check_interval=3 * accumulate, max_steps=3, **ask)
     state = torch.load(tmp_path / "it.ckpt", weights_only=True)["Folder"]
     assert state["batches"] == 3 * accumulate
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 4}]
+)
+@pytest.mark.parametrize("stop", [3, 4, 7, 8])
+def test_a_resumed_training_continues_the_order(folder, order, tmp_path, options, stop):
+    def train(max_steps, start=None):
+        recorder = Recorder()
+        data = Folder(path=str(folder), **PIXELS, batch_size=5, max_steps=7)
+        trainer = L.Trainer(
+            **QUIET | options, enable_checkpointing=False, max_steps=max_steps, limit_val_batches=0
+        )
+        trainer.fit(recorder, data, ckpt_path=start, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "it.ckpt")
+        return recorder.trained
+
+    first = train(stop)
+    number = 17 * options.get("accumulate_grad_batches", 1)
+    assert first + train(17, tmp_path / "it.ckpt") == order[:number]
