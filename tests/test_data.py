@@ -307,6 +307,32 @@ def test_profiles_are_converted_to_srgb():
     np.testing.assert_array_equal(loaded(grey, channels=1)[..., 0], COLORS[..., 0])
 
 
+def linear_grey():
+    """The bytes of an ICC profile of greys that are proportional to the light."""
+    white = struct.pack(">4s4xiii", b"XYZ ", 63190, 65536, 54061)  # D50, in 1 / 65536
+    tags = {b"wtpt": white, b"kTRC": struct.pack(">4s4xI", b"curv", 0)}
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += struct.pack(">4sII", name, 128 + 4 + 12 * len(tags) + len(data), len(value))
+        data += value
+    fields = (128 + len(table) + len(data), 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    header = struct.pack(">I4xI4s4s4s12x4s28xiii48x", *fields, 63190, 65536, 54061)
+    assert len(header) == 128
+    return header + table + data
+
+
+def test_grey_profiles_are_converted_to_srgb():
+    light = np.arange(0, 256, 16).reshape(4, 4)
+    x = light / 255
+    srgb = np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055) * 255
+    grey = Image.fromarray(light.astype(np.uint8))
+    found = loaded(encoded(grey, icc_profile=linear_grey()), channels=1)
+    assert np.abs(found[..., 0] - srgb).max() <= 1
+    grey.putalpha(Image.fromarray(np.full((4, 4), 255, np.uint8)))
+    found = loaded(encoded(grey, icc_profile=linear_grey()))
+    assert np.abs(found - srgb[..., None]).max() <= 1
+
+
 def test_of_an_animation_the_first_frame():
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     for kind in ("GIF", "PNG", "TIFF"):

@@ -1,8 +1,9 @@
 """`load_image`: an encoded picture of any kind to the bytes of a square.
 
 A picture is turned as its EXIF orientation says, its colours are converted to sRGB as its ICC
-profile says, and transparency is filled with a background colour. What has no known black and white
-is refused: whole numbers of 32 bits, and floating-point numbers outside of [0, 1].
+profile says, and transparency is filled with a background colour. Greys of 16 bits are scaled to 8;
+of colours of 16 bits, Pillow reads the upper 8. What has no known black and white is refused: whole
+numbers of 32 bits, and floating-point numbers outside of [0, 1].
 """
 
 import io
@@ -150,9 +151,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return _grey(image, white=1)
     if image.mode in ("1", "L", "LA"):
         return _in_mode(image, "L")
-    if image.mode == "LAB":
-        spaces = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        return _transformed(image, ImageCms.buildTransform(*spaces, "LAB", "RGB"))
     return image if image.mode in ("RGB", "CMYK", "YCbCr") else image.convert("RGB")
 
 
