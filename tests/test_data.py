@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import struct
+import zipfile
 from pathlib import Path
 
 import lightning as L
@@ -836,6 +837,17 @@ def test_hub_sets_of_files(files, streaming):
         (80, 1),
         (120, 1),
     ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_sets_of_files_in_an_archive(tmp_path, streaming):
+    pytest.importorskip("datasets")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for i in range(2):
+            archive.writestr(f"{i}.png", encoded(Image.new("L", (8, 8), 40 * i)))
+    ask = {"label_column": None, "streaming": streaming, "reference_images": 2}
+    image = Hub(path=str(tmp_path), **PIXELS, **ask).image
+    assert ((image[:, 0, 0, 0] + 1) * 127.5).round().sort().values.tolist() == [0, 40]
 
 
 def test_hub_paths_that_would_be_patterns(tmp_path):

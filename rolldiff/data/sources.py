@@ -392,7 +392,7 @@ class Hub(Images):
             self._refuse_damaged(error)
             raise UsageError(
                 "data must be a folder in the hub's schema (data.path=FOLDER) or a name that can "
-                f"be fetched from the hub, got {path}: {reason(error)}"
+                f"be fetched from the hub, got {path}: {reason(error.__cause__ or error)}"
             ) from error
 
     def _read(self, table: Any) -> Iterator[dict[str, Any]]:
