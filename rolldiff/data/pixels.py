@@ -1,8 +1,9 @@
 """`load_image`: an encoded picture of any kind to the bytes of a square.
 
 A picture is turned as its EXIF orientation says, its colours are converted to sRGB as its ICC
-profile says, and transparency is filled with a background colour. What has no known black and white
-is refused: whole numbers of 32 bits, and floating-point numbers outside of [0, 1].
+profile says, and transparency is filled with a background colour. Greys of 16 bits are scaled to 8;
+of colours of 16 bits, Pillow reads the upper 8. What has no known black and white is refused: whole
+numbers of 32 bits, and floating-point numbers outside of [0, 1].
 """
 
 import io
@@ -17,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rolldiff.errors import UsageError, reason
@@ -71,13 +72,16 @@ def load_image(
     size = (image_size, image_size)
     try:
         with _in_silence(), _opened(record.data) as file, Image.open(file) as opened:
-            image = _plain(opened, background).convert("L" if channels == 1 else "RGB")
-        if image.size != size:
-            image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+            image = _in_mode(_plain(opened, background), "L" if channels == 1 else "RGB")
+            if image.size != size:
+                image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+            pixels = np.array(image).reshape(*size, channels)
     # Decoders raise almost any exception on a damaged file.
     except Exception as error:
-        raise UsageError(f"data must be pictures, got {record.name}: {reason(error)}") from error
-    return torch.from_numpy(np.array(image).reshape(*size, channels)).permute(2, 0, 1)
+        unknown = isinstance(error, UnidentifiedImageError)  # its message is about Python objects
+        why = "of no known format" if unknown else reason(error)
+        raise UsageError(f"data must be pictures, got {record.name}: {why}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def _plain(image: Image.Image, background: Color) -> Image.Image:
     if alpha is None:
         return plain
     filled = Image.new("RGB", image.size, background)
-    filled.paste(plain.convert("RGB"), mask=alpha)
+    filled.paste(_in_mode(plain, "RGB"), mask=alpha)
     return filled
 
 
@@ -146,11 +150,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"floating-point values must be in [0, 1], got {found}")
         return _grey(image, white=1)
     if image.mode in ("1", "L", "LA"):
-        return image.convert("L")
-    if image.mode == "LAB":
-        spaces = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        return _transformed(image, ImageCms.buildTransform(*spaces, "LAB", "RGB"))
-    return image if image.mode in ("CMYK", "YCbCr") else image.convert("RGB")
+        return _in_mode(image, "L")
+    return image if image.mode in ("RGB", "CMYK", "YCbCr") else image.convert("RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def _grey(image: Image.Image, *, white: int) -> Image.Image:

@@ -1,5 +1,6 @@
 """Image sources: scikit-learn's digits, a folder of image files, a Hugging Face dataset."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -102,8 +103,8 @@ class Folder(Images):
         stray, folders = self._listed(_existing(self._root))
         below = {folder: self._files(folder) for folder in folders}
         classes = [folder for folder in folders if any(map(_is_picture, below[folder]))]
-        stray += [file for folder in folders if folder not in classes for file in below[folder]]
-        files = [(file, label) for label, folder in enumerate(classes) for file in below[folder]]
+        files = [(file, i) for i, folder in enumerate(classes) for file in below.pop(folder)]
+        stray += [file for folder in below for file in below[folder]]
         if not classes:
             files = [(file, 0) for file in stray]
         elif stray:
@@ -118,7 +119,11 @@ class Folder(Images):
         waiting, seen = [folder], set()
         while waiting:
             path = waiting.pop()
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                self._unreadable(path, error)
+                continue
             if (key := (status.st_dev, status.st_ino)) not in seen:
                 seen.add(key)
                 files, folders = self._listed(path)
@@ -134,18 +139,28 @@ class Folder(Images):
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if os.path.isdir(entry.path):
+                    if _is_folder(entry):
                         folders.append(entry.path)
                     elif _may_be_picture(entry):
                         files.append(entry.path)
         except OSError as error:
-            self._left_out(f"folders must be readable, got {folder}: {reason(error)}")
+            self._unreadable(folder, error)
         return sorted(files), sorted(folders)
+
+    def _unreadable(self, folder: str, error: OSError) -> None:
+        self._left_out(f"folders must be readable, got {folder}: {reason(error)}")
 
     def _left_out(self, rule: str) -> None:
         if self.on_error == "raise":
             raise UsageError(rule)
         warn_user(f"left out: {rule}")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # of a link: either to itself, or to what cannot be read
+        return error.errno != errno.ELOOP
 
 
 def _may_be_picture(entry: os.DirEntry[str]) -> bool:
@@ -213,6 +228,8 @@ class Hub(Images):
         self._root = None if self.path is None else _folder(self.path)
         if set("*?[]") & set(str(self._root or "")):  # `datasets` would expand them
             raise UsageError(f"data.path must be free of * ? [ ] for a hub set, got {self.path}")
+        if not isinstance(self.split, str) or not self.split:
+            raise UsageError(f"split must be the name of a split, got {self.split!r}")
         if not isinstance(self.streaming, bool):
             raise UsageError(f"streaming must be true or false, got {self.streaming!r}")
         if self.streaming and (self.held_out or self.flip or self.reference_images is None):
@@ -368,14 +385,14 @@ class Hub(Images):
             return load_dataset(path, split=self.split, streaming=self.streaming)
         # It raises errors of many libraries.
         except Exception as error:
-            self._refuse_damaged(error)
             if any(word in str(error) for word in ("split", "nstruction", "ercent")):
                 raise UsageError(
                     f"split must be one of {path}, got {self.split}: {reason(error)}"
                 ) from error
+            self._refuse_damaged(error)
             raise UsageError(
                 "data must be a folder in the hub's schema (data.path=FOLDER) or a name that can "
-                f"be fetched from the hub, got {path}: {reason(error)}"
+                f"be fetched from the hub, got {path}: {reason(error.__cause__ or error)}"
             ) from error
 
     def _read(self, table: Any) -> Iterator[dict[str, Any]]:
