@@ -30,6 +30,7 @@ from rolldiff.errors import (
     known_names,
     reason,
     sequence,
+    shown,
     whole_number,
 )
 
@@ -518,7 +519,7 @@ class Conditioning:
         if len(names) != len(parts) or len(set(names)) != len(names):
             raise UsageError(
                 f"names must hold a name of its own for each of {len(parts)} conditions, got "
-                f"{', '.join(names)}"
+                f"{shown(names)}"
             )
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "parts", parts)

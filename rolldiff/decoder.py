@@ -51,6 +51,7 @@ from rolldiff.errors import (
     finite_number,
     instance,
     known_names,
+    shown,
     warn_user,
     whole_number,
 )
@@ -207,7 +208,7 @@ class Decoder(Pretrained):
         for name, space in (("prediction", prediction), ("loss_space", loss_space)):
             if not isinstance(space, str) or space not in get_args(Prediction):
                 raise UsageError(
-                    f"{name} must be one of {', '.join(get_args(Prediction))}, got {space!r}"
+                    f"{name} must be one of {', '.join(get_args(Prediction))}, got {shown(space)}"
                 )
         theirs = getattr(backbone, "layout", layout)
         if not same_layout(theirs, layout):
@@ -575,7 +576,7 @@ class Decoder(Pretrained):
             allowed += [torch.bfloat16, torch.float16]
         if not isinstance(dtype, torch.dtype) or dtype not in allowed:
             names = " or ".join(sorted(map(str, allowed)))
-            raise UsageError(f"dtype must be {names} with {self.dtype} weights, got {dtype!r}")
+            raise UsageError(f"dtype must be {names} with {self.dtype} weights, got {shown(dtype)}")
         return None if dtype == self.dtype else dtype
 
     def _known(self, image: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:

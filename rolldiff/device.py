@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rolldiff.errors import FLOATS, UsageError
+from rolldiff.errors import FLOATS, UsageError, shown
 
 __all__ = ["compile_in_place", "named_device", "named_dtype"]
 
@@ -23,9 +23,10 @@ def named_device(name: str | None) -> torch.device:
             return device
     except Exception as error:  # backends that are not there raise whatever they like
         raise UsageError(
-            f"device must be a device of torch that is available here, such as cpu, got {name!r}"
+            "device must be a device of torch that is available here, such as cpu, got "
+            f"{shown(name)}"
         ) from error
-    raise UsageError(f"device must be a device that holds numbers, such as cpu, got {name!r}")
+    raise UsageError(f"device must be a device that holds numbers, such as cpu, got {shown(name)}")
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:
@@ -38,7 +39,7 @@ def named_dtype(name: str | None) -> torch.dtype | None:
         return None
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if dtype not in FLOATS:
-        raise UsageError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+        raise UsageError(f"dtype must be float32, bfloat16 or float16, got {shown(name)}")
     return dtype
 
 

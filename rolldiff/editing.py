@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rolldiff.decoder import DecodeConfig, Decoder, check_image, configured
 from rolldiff.diffusion.sampler import Euler
-from rolldiff.diffusion.schedule import decode_order
+from rolldiff.diffusion.schedule import MAX_STEPS, decode_order
 from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
 
 __all__ = ["group_mask", "invert", "row_mask"]
@@ -93,7 +93,7 @@ def invert(
         image: values about [-1, 1].
         cond: the condition, see `Decoder.decode`.
         config: the settings of the decoding, with overlap 0 and the solver `Euler()`.
-        iterations: network calls per step; more are more exact.
+        iterations: network calls per step, at most 10,000; more are more exact.
         **overrides: fields of `DecodeConfig`, such as `num_groups=4`.
 
     Raises:
@@ -106,7 +106,7 @@ def invert(
             "config must have overlap 0 and the solver Euler() to be inverted, got overlap "
             f"{config.overlap} and {config.solver}"
         )
-    iterations = whole_number(iterations, "iterations")
+    iterations = whole_number(iterations, "iterations", maximum=MAX_STEPS)
     image = check_image(image, decoder.layout, unbounded=True)
     image = image.to(decoder.device, decoder.state_dtype)
     run = decoder.prepare(cond, config, num_images=len(image), seed=0)

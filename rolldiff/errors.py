@@ -22,6 +22,7 @@ __all__ = [
     "known_names",
     "reason",
     "sequence",
+    "shown",
     "warn_user",
     "whole_number",
     "whole_numbers",
@@ -40,7 +41,13 @@ class UsageError(ValueError):
 
     The command line prints it as a single line. Any other exception is a defect, or comes from
     another library, and keeps its traceback.
+
+    Args:
+        message: a sentence; what it quotes of a file or a value may hold line breaks.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 def whole_number(value: Any, name: str, *, minimum: int = 1, maximum: int | None = None) -> int:
@@ -66,7 +73,7 @@ def whole_number(value: Any, name: str, *, minimum: int = 1, maximum: int | None
             number = None
     if number is None or number < minimum or (maximum is not None and number > maximum):
         allowed = f"of {minimum} or more" if maximum is None else f"in {minimum} … {maximum}"
-        raise UsageError(f"{name} must be a whole number {allowed}, got {_shown(value)}")
+        raise UsageError(f"{name} must be a whole number {allowed}, got {shown(value)}")
     return number
 
 
@@ -89,7 +96,10 @@ def finite_number(
         UsageError: if it is not a finite number in this range, or is text or a boolean.
     """
     number = math.nan
-    if not (_is_boolean(value) or isinstance(value, str | bytes)):
+    # NumPy turns texts, complex numbers and arrays of one number into a float, some with a warning.
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    plain = kind in "fiu" and getattr(value, "ndim", 0) == 0
+    if plain and not (_is_boolean(value) or isinstance(value, str | bytes)):
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a tensor
@@ -103,7 +113,7 @@ def finite_number(
             allowed = f"a finite number of {minimum:g} or more"
         else:
             allowed = "a finite number"
-        raise UsageError(f"{name} must be {allowed}, got {_shown(value)}")
+        raise UsageError(f"{name} must be {allowed}, got {shown(value)}")
     return number
 
 
@@ -142,8 +152,8 @@ def sequence(value: Any, name: str, of: str) -> list[Any]:
     plain = isinstance(value, Collection) and not isinstance(
         value, str | bytes | bytearray | Mapping | Set
     )
-    if not plain or getattr(value, "ndim", 1) != 1:
-        raise UsageError(f"{name} must be a sequence of {of}, got {_shown(value)}")
+    if not plain or getattr(value, "ndim", 1) != 1 or getattr(value, "is_meta", False):
+        raise UsageError(f"{name} must be a sequence of {of}, got {shown(value)}")
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
@@ -154,7 +164,7 @@ def boolean(value: Any, name: str) -> bool:
         UsageError: if it is neither.
     """
     if not (_is_boolean(value) and getattr(value, "ndim", 0) == 0):
-        raise UsageError(f"{name} must be True or False, got {_shown(value)}")
+        raise UsageError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -171,7 +181,7 @@ def instance(value: Any, kinds: Any, name: str, expected: str) -> Any:
         UsageError: if it is not.
     """
     if isinstance(value, type) or not isinstance(value, kinds):
-        raise UsageError(f"{name} must be {expected}, got {_shown(value)}")
+        raise UsageError(f"{name} must be {expected}, got {shown(value)}")
     return value
 
 
@@ -239,6 +249,7 @@ def _is_boolean(value: Any) -> bool:
     return isinstance(value, bool) or dtype in ("bool", "torch.bool")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in at most 100 characters, for an error."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rolldiff.errors import FLOATS, UsageError, instance, reason, sequence
+from rolldiff.errors import FLOATS, UsageError, instance, reason, sequence, shown
 from rolldiff.files import written_whole
 
 __all__ = ["Pretrained", "build", "describe", "read_checkpoint"]
@@ -266,7 +266,7 @@ def _resolve(target: str, trusted: Collection[str]) -> type:
             return cls
     raise UsageError(
         "_target_ must name a class of rolldiff, or one that the caller lists in trusted, "
-        f"got {target!r}"
+        f"got {shown(target)}"
     )
 
 
@@ -283,7 +283,7 @@ def _built(config: Any, classes: dict[str, type]) -> Any:
         if name != "_target_"
     }
     if len(arguments) != len(config) - 1:
-        raise UsageError(f"{cls.__name__} must have each argument once, got {', '.join(config)}")
+        raise UsageError(f"{cls.__name__} must have each argument once, got {shown(list(config))}")
     try:
         return cls(**arguments)
     except UsageError as error:
@@ -362,7 +362,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         if config is not None or model_card_kwargs is not None:
             raise UsageError(
                 "config and model_card_kwargs must be None, because a decoder describes itself and "
-                f"no card is written, got {config} and {model_card_kwargs}"
+                f"no card is written, got {shown(config)} and {shown(model_card_kwargs)}"
             )
         text = json.dumps(self.to_config(), indent=2) + "\n"
         state = {name: value.contiguous() for name, value in self.state_dict().items()}

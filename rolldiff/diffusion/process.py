@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rolldiff.errors import UsageError, finite_number, whole_number
+from rolldiff.errors import UsageError, finite_number, shown, whole_number
 
 __all__ = [
     "Cosine",
@@ -179,7 +179,7 @@ def coefficients(
         case "velocity":
             return noise.rates(t)
     raise UsageError(
-        f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}"
+        f"prediction must be one of {', '.join(get_args(Prediction))}, got {shown(prediction)}"
     )
 
 

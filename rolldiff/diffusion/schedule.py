@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rolldiff.errors import UsageError, finite_number, whole_number, whole_numbers
+from rolldiff.errors import UsageError, finite_number, shown, whole_number, whole_numbers
 
 __all__ = ["MAX_STEPS", "ORDERS", "GroupSchedule", "Order", "check_order", "decode_order"]
 
@@ -63,7 +63,7 @@ def check_order(order: Order, name: str = "order") -> Order:
     allowed = {word.partition(":")[0]: ":" in word for word in ORDERS}
     if kind not in allowed or bool(colon) != allowed[kind]:
         raise UsageError(
-            f"{name} must be one of {', '.join(ORDERS)} or a permutation, got {order!r}"
+            f"{name} must be one of {', '.join(ORDERS)} or a permutation, got {shown(order)}"
         )
     if colon:
         minimum = int(kind == "cells")
@@ -73,7 +73,7 @@ def check_order(order: Order, name: str = "order") -> Order:
         ):
             raise UsageError(
                 f"{name} {kind!r} takes a whole number of {minimum} or more after a colon, got "
-                f"{order!r}"
+                f"{shown(order)}"
             )
     return order
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import ClassLabels, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, Patches
-from rolldiff.errors import UsageError, instance, sequence, whole_number
+from rolldiff.errors import UsageError, instance, sequence, shown, whole_number
 from rolldiff.nn.denoiser import Backbone
 
 try:
@@ -50,11 +50,13 @@ class Network:
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
-            raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {self.name!r}")
+            raise UsageError(
+                f"network must be one of {', '.join(NETWORKS)}, got {shown(self.name)}"
+            )
         pairs = tuple(sequence(self.settings, "settings", "pairs of name and value"))
         for pair in pairs:
             if len(sequence(pair, "each of settings", "a name and a value")) != 2:
-                raise UsageError(f"each of settings must be a name and a value, got {pair}")
+                raise UsageError(f"each of settings must be a name and a value, got {shown(pair)}")
             _check_setting(*pair)
         settings = dict(pairs)
         side = settings.get("sample_size") or 32
@@ -92,7 +94,7 @@ def _check_setting(name: Any, value: Any) -> None:
     largest = 100 if "layers" in name else 2**20
     for item in items:
         if (isinstance(item, int) and item > largest) or len(items) > 32:
-            raise UsageError(f"{name} must be at most {largest}, 32 of them, got {value}")
+            raise UsageError(f"{name} must be at most {largest}, 32 of them, got {shown(value)}")
 
 
 class _Context(NamedTuple):

@@ -117,9 +117,7 @@ class Guidance:
             for end in sequence(self.interval, "interval", "two numbers")
         )
         if len(interval) != 2 or interval[0] > interval[1]:
-            raise UsageError(
-                f"interval must be two numbers in [0, 1] and in order, got {self.interval}"
-            )
+            raise UsageError(f"interval must be two numbers in [0, 1] and in order, got {interval}")
         object.__setattr__(self, "interval", interval)
 
     def weight(
