@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -29,9 +30,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import rolldiff
+from rolldiff.conditioning import ClassLabels, Conditioning
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
-from rolldiff.errors import UsageError
+from rolldiff.errors import UsageError, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
@@ -53,6 +55,8 @@ rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints th
 
 # Settings that may differ from those of the run that is resumed. (Importing them takes seconds.)
 RESUMABLE = ("resume", "time_limit", "progress", "trust")
+
+MAX_IMAGES, MAX_PER_PAGE = 10**7, 4096
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,44 +136,65 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def decode(cfg: DictConfig) -> None:
-    """Decode images, to a picture or to an animation of the decoding."""
-    from rolldiff.evaluation.images import make_grid, save_gif
+    """Decode images, to one picture, an animation, a file per image, or an array for evaluators."""
+    from rolldiff.evaluation.images import make_grid, save_gif, save_images, save_npz, save_picture
 
     decoder = _load(cfg, "ckpt", Decoder)
-    out = _out(cfg)
+    out = _out(cfg, (".png", ".gif", ".npz", ""))
     config = instantiate(cfg.decode, _convert_="all")
-    cond = _labels(cfg, decoder.conditioning.num_classes)
-    options = {"num_images": cfg.num_images, "seed": cfg.seed, "dtype": named_dtype(cfg.dtype)}
+    num_images = whole_number(cfg.num_images, "num_images", maximum=MAX_IMAGES)
+    batch_size = min(whole_number(cfg.batch_size, "batch_size"), num_images)
+    labels = _labels(cfg.label, decoder.conditioning, num_images)
+    options = {"seed": cfg.seed, "dtype": named_dtype(cfg.dtype)}
     if cfg.compile:
         compile_in_place(decoder)
     if out.suffix.lower() == ".gif":
-        frames = decoder.stream(cond, config, frames=cfg.frames, **options)
+        _refuse_huge_pages(num_images)
+        frames = decoder.stream(
+            labels(0, num_images), config, num_images=num_images, frames=cfg.frames, **options
+        )
         save_gif((make_grid(frame.image) for frame in frames), out)
         print(out)
         return
-    decoded = decoder.decode(cond, config, **options)
-    make_grid(decoded.image).save(out)
-    cost = decoded.cost
+    costs = []
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, num_images, batch_size):
+            count = min(batch_size, num_images - start)
+            cond = labels(start, count)
+            output = decoder.decode(cond, config, num_images=count, start_index=start, **options)
+            costs.append(output.cost)
+            yield output.image.cpu()
+
+    match out.suffix.lower():
+        case ".png":
+            _refuse_huge_pages(num_images)
+            save_picture(make_grid(torch.cat(list(batches()))), out)
+        case ".npz":
+            save_npz(batches(), out)
+        case _:
+            save_images(batches(), out)
     print(
-        f"{out}: {cfg.num_images} images, {cost.nfe} network calls in series, "
-        f"{cost.tokens} token evaluations per image, {cost.seconds:.2f} s"
+        f"{out}: {num_images} images, {costs[0].nfe} network calls in series, "
+        f"{costs[0].tokens} token evaluations per image, {sum(c.seconds for c in costs):.2f} s"
     )
 
 
 def generate(cfg: DictConfig) -> None:
     """Generate codes with a prior, and decode the images while the codes arrive."""
-    from rolldiff.evaluation.images import make_grid, save_gif
+    from rolldiff.evaluation.images import make_grid, save_gif, save_picture
     from rolldiff.tokenizer import Generation, Prior, Tokenizer
 
     prior = _load(cfg, "prior", Prior)
     tokenizer = _load(cfg, "tokenizer", Tokenizer)
-    out = _out(cfg)
+    out = _out(cfg, (".png", ".gif"))
+    num_images = whole_number(cfg.num_images, "num_images", maximum=MAX_PER_PAGE)
     generation = Generation(
         prior,
         tokenizer,
-        cond=_labels(cfg, prior.conditioning.num_classes),
+        cond=_labels(cfg.label, prior.conditioning, num_images)(0, num_images),
         config=instantiate(cfg.decode, _convert_="all"),
-        num_images=cfg.num_images,
+        num_images=num_images,
         seed=cfg.seed,
         temperature=cfg.temperature,
         guidance=cfg.guidance,
@@ -177,8 +202,8 @@ def generate(cfg: DictConfig) -> None:
     if out.suffix.lower() == ".gif":
         save_gif((make_grid(frame.image) for frame in generation.stream(frames=cfg.frames)), out)
     else:
-        make_grid(generation.images()).save(out)
-    print(f"{out}: {cfg.num_images} images of {prior.num_tokens} codes")
+        save_picture(make_grid(generation.images()), out)
+    print(f"{out}: {num_images} images of {prior.num_tokens} codes")
 
 
 def bench(cfg: DictConfig) -> None:
@@ -199,27 +224,66 @@ COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
 def _load(cfg: DictConfig, name: str, cls: type[M]) -> M:
     """The model that a setting names, on the device of the command."""
     path = cfg[name]
-    if path is None:
+    if path is None or not str(path).strip():
         raise UsageError(f"{name} must be a run folder or a checkpoint; add {name}=PATH")
-    return read_checkpoint(path, cls).to(named_device(cfg.device))
+    device = named_device(cfg.device)
+    return read_checkpoint(path, cls).to(device)
 
 
-def _out(cfg: DictConfig) -> Path:
-    out = Path(cfg.out)
-    if out.suffix.lower() not in (".png", ".gif"):
-        raise UsageError(f"out must end in .png or .gif, got {out}")
+def _out(cfg: DictConfig, kinds: Sequence[str]) -> Path:
+    """Where the images go, checked before they are made; no suffix stands for a folder."""
+    named = [kind for kind in kinds if kind]
+    expected = " or ".join([", ".join(named), *(["be a folder"] if "" in kinds else [])])
+    out = Path("" if cfg.out is None else str(cfg.out)).expanduser()
+    if not out.name or out.suffix.lower() not in kinds:
+        raise UsageError(f"out must end in {expected}, got {cfg.out}")
     if not out.parent.is_dir():
         raise UsageError(f"out must be in a folder that exists, got {out}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"out must be in a folder that can be written, got {out}")
+    if not out.suffix and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"out must be a new or an empty folder, got {out}")
+    if out.suffix and out.is_dir():
+        raise UsageError(f"out must be a file, got {out}, which is a folder")
     return out
 
 
-def _labels(cfg: DictConfig, classes: int) -> Any:
-    """The labels of the images; by default they cycle through the classes."""
-    if OmegaConf.is_list(cfg.label):
-        return list(cfg.label)
-    if cfg.label is None and classes and isinstance(cfg.num_images, int):
-        return [i % classes for i in range(cfg.num_images)]
-    return cfg.label
+def _labels(label: Any, conditioning: Conditioning, num_images: int) -> Callable[[int, int], Any]:
+    """The condition of the images from an index on; by default labels cycle through the classes.
+
+    Raises:
+        UsageError: if there are no such labels.
+    """
+    found = [
+        (name, part)
+        for name, part in zip(conditioning.names, conditioning.parts, strict=True)
+        if isinstance(part, ClassLabels)
+    ]
+    if not found:
+        if label is not None:
+            raise UsageError(f"label must be null for a model without class labels, got {label}")
+        return lambda start, count: None
+    ((name, part), *_) = found
+    if label is None:
+        every = torch.arange(num_images) % part.num_classes
+    else:
+        value = list(label) if OmegaConf.is_list(label) else label
+        every = part.validate(value, num_images, torch.device("cpu"), name="label").value
+    several = len(conditioning.parts) > 1
+
+    def condition(start: int, count: int) -> Any:
+        labels = every[start : start + count]
+        return {name: labels} if several else labels
+
+    return condition
+
+
+def _refuse_huge_pages(num_images: int) -> None:
+    if num_images > MAX_PER_PAGE:
+        raise UsageError(
+            f"num_images must be at most {MAX_PER_PAGE} in one picture, got {num_images}; "
+            "out=FOLDER or out=images.npz takes more"
+        )
 
 
 def _resume(cfg: DictConfig) -> str:

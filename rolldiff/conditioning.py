@@ -148,13 +148,30 @@ class Condition(ABC):
 
 @dataclass(frozen=True)
 class ClassLabels(Condition):
-    """Labels in 0 … `num_classes - 1`, `[B]`, or one number for all."""
+    """Labels in 0 … `num_classes - 1`, `[B]`, or one for all; as numbers or, with names, as texts.
+
+    Args:
+        num_classes: number of labels.
+        names: of the labels, in their order; empty or None if they have none.
+
+    Raises:
+        UsageError: if an argument is out of range, or names are missing or repeated.
+    """
 
     num_classes: int
+    names: Sequence[str] | None = ()
 
     def __post_init__(self) -> None:
         num_classes = whole_number(self.num_classes, "num_classes", minimum=0, maximum=MAX_INDICES)
         object.__setattr__(self, "num_classes", num_classes)
+        names = () if self.names is None else tuple(sequence(self.names, "names", "texts"))
+        for name in names:
+            instance(name, str, "each of names", "a text")
+        if names and len(set(names)) != num_classes:
+            raise UsageError(
+                f"names must be {num_classes} different texts, one per class, got {len(names)}"
+            )
+        object.__setattr__(self, "names", names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,6 +185,7 @@ class ClassLabels(Condition):
         *,
         name: str = "cond",
     ) -> Masked:
+        value = self._numbers(value, name)
         label = _indices(_as_tensor(value, device, name), self.num_classes, name)
         return _present(label.expand(batch) if label.ndim == 0 else label, (batch,), name=name)
 
@@ -176,6 +194,17 @@ class ClassLabels(Condition):
 
     def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
         return LabelEmbedder(self.num_classes, modulation)
+
+    def _numbers(self, value: Any, name: str) -> Any:
+        """Labels that are texts as their numbers; everything else as it is."""
+        if isinstance(value, list | tuple) and any(isinstance(item, str) for item in value):
+            return [self._numbers(item, name) for item in value]
+        if not isinstance(value, str) or not self.names:
+            return value
+        if value not in self.names:
+            known = ", ".join(self.names[:20]) + (", …" if len(self.names) > 20 else "")
+            raise UsageError(f"{name} must be one of {known}, got {value!r}")
+        return self.names.index(value)
 
 
 class LabelEmbedder(Embedder):
@@ -579,8 +608,10 @@ class Conditioning:
         """
         split = self.split(cond)
         for name, value in split.items():
-            if isinstance(value, Iterator):
+            if isinstance(value, Iterator | str):
                 continue
+            if isinstance(value, list | tuple) and value and isinstance(value[0], str):
+                return len(value)
             device = value.device if isinstance(value, Tensor) else torch.device("cpu")
             tensor = _as_tensor(value, device, self.label_of(name))
             if tensor.ndim > 0:

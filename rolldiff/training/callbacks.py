@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from rolldiff.errors import UsageError, finite_number, whole_number
-from rolldiff.evaluation.images import labelled_rows
-from rolldiff.files import written_whole
+from rolldiff.evaluation.images import labelled_rows, save_picture
 from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
 from rolldiff.training.module import LitDecoder, images_per_batch
@@ -70,8 +69,7 @@ class SampleGrid(Callback):
             for groups in self.num_groups
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.folder / f"step-{trainer.global_step:06d}.png") as part:
-            labelled_rows(page).save(part)
+        save_picture(labelled_rows(page), self.folder / f"step-{trainer.global_step:06d}.png")
 
 
 class AveragedWeights(EMAWeightAveraging):

@@ -322,7 +322,9 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     # The weights of a resumed run are read first, and with them the model is the file's, bounded by
     # what the file holds, and not whatever the configuration asks for.
     kind = get_class(cfg.lit._target_).kind
-    model = {} if start is None or cfg.trust else {"model": read_checkpoint(start.path, kind)}
+    model = (
+        {} if start is None or cfg.trust else {"model": read_checkpoint(start.path, kind).train()}
+    )
     lit = _instantiate(cfg.lit, **model)
     report = _instantiate(cfg.report)
     report.validate(lit.model)
@@ -364,6 +366,9 @@ def _set_classes(cfg: DictConfig, data: Any) -> None:
             f"num_classes must be {found} or more, as the labels of data, or 0 to train without "
             f"labels, got {cfg.num_classes}"
         )
+    names = getattr(data, "class_names", None)
+    if cfg.class_names is None and names is not None and len(names) == cfg.num_classes:
+        cfg.class_names = [name.replace("${", "\\${") for name in names]
 
 
 @contextmanager
