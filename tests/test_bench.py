@@ -511,6 +511,7 @@ def with_value(*keys, value):
         lambda line: line.replace(b'"nfe": ', b'"nfe": 1, "nfe": '),
         lambda line: line.replace(b'"tokens": ', b'"tokens": ' + 5000 * b"1"),
         lambda line: line.replace(b'"seconds": ', b'"seconds": 1e999, "s": '),
+        with_value("note", value=math.nan),
         lambda line: line * 2,
         lambda line: line + with_value("nfe", value=3)(line),
         with_value("num_groups", value=17),

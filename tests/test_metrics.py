@@ -253,6 +253,7 @@ def test_a_seam_of_images_without_gradients_is_undefined():
     real, group = torch.rand(9, 1, 4, 4), torch.arange(4)[:, None].expand(4, 4) // 2
     assert seam_ratio(real, torch.zeros(9, 1, 4, 4), group).isnan()
     assert seam_ratio(torch.zeros(9, 1, 4, 4), real, group).isnan()
+    assert seam_ratio(real, group.expand(9, 1, 4, 4).float(), group).isnan(), "nothing but seams"
 
 
 def test_seams_are_measured_in_parts(monkeypatch):
