@@ -9,6 +9,7 @@ A user's own `conf/` and command line are as free as Hydra is; they do not pass 
 """
 
 import math
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -68,6 +69,9 @@ TARGETS = (
 WRITTEN = frozenset({"default_root_dir", "dirpath", "folder", "save_dir"})
 READ = frozenset({"path", "resume", "run_dir", "tokenizer"})
 
+# Nobody's own package: it is never proposed to trust all that they hold.
+LIBRARIES = frozenset({"hydra", "lightning", "numpy", "rolldiff", "torch"})
+
 HYDRA = frozenset({"_convert_", "_partial_", "_target_"})
 
 
@@ -80,13 +84,14 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_run_config(path: Path, *, trust: object = None) -> dict[str, Any]:
+def read_run_config(path: Path, *, part: str | None = None, trust: object = None) -> dict[str, Any]:
     """The configuration that a run left in its folder, as plain, checked containers.
 
     `${run_dir}` at the start of a text is replaced by the folder that the file is in now.
 
     Args:
         path: `config.yaml` in a run folder.
+        part: read and check only this key; what is beside it is ignored.
         trust: package or packages whose classes it may name too, such as `mypackage.`.
 
     Raises:
@@ -103,6 +108,8 @@ def read_run_config(path: Path, *, trust: object = None) -> dict[str, Any]:
         raise UsageError(f"{path} must be a readable YAML file: {reason(error)}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} must hold a dictionary, got a {type(config).__name__}")
+    if part is not None:
+        config = {part: config.get(part)}
     try:
         faults = ((place, _fault(place, value, prefixes)) for place, value in _values(config, ()))
         place, fault = next(((p, f) for p, f in faults if f), ((), None))
@@ -186,11 +193,11 @@ def _fault(place: tuple[Any, ...], value: Any, prefixes: tuple[str, ...]) -> str
 def _target_fault(target: Any, prefixes: tuple[str, ...]) -> str | None:
     if isinstance(target, str) and (target in TARGETS or target.startswith(prefixes)):
         return None
+    fault = f"must name a class that rolldiff train uses, got {target!r}"
     package = str(target).partition(".")[0]
-    return (
-        f"must name a class that rolldiff train uses, got {target!r}; if the file is yours or you "
-        f"trust its author, say trust={package}."
-    )
+    if package in sys.stdlib_module_names | LIBRARIES or not package.isidentifier():
+        return fault
+    return f"{fault}; if you trust whoever wrote this file, say trust={package}."
 
 
 def _text_fault(key: str, text: str) -> str | None:

@@ -868,13 +868,38 @@ def test_the_data_of_a_run_of_version_0_1_are_read(run, tmp_path):
     assert json.loads(line)["reference_images"] == 60
 
 
-def test_data_of_others_are_not_called(run, tmp_path):
+DIGITS = {"_target_": "rolldiff.data.Digits"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"_target_": "os.system", "command": "touch MARK"},
+        {"_target_": "rolldiff.data.sources.Path.touch", "self": "MARK"},
+        {"_target_": "rolldiff.Patches", "image_size": 8},
+        DIGITS | {"seed": {"_target_": "builtins.open", "file": "MARK", "mode": "w"}},
+        DIGITS | {"seed": {"_target_": "torch.load", "f": "MARK", "weights_only": False}},
+        DIGITS | {"seed": "${oc.env:HOME}"},
+        DIGITS | {"seed": "${data.batch_size}", "batch_size": "${data.seed}"},
+        DIGITS | {"_args_": [1]},
+        [1],
+        None,
+    ],
+    ids=str,
+)
+def test_data_of_others_run_nothing(data, run, tmp_path):
     for file in run.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.yaml").write_text("data:\n  _target_: os.system\n  command: ls\n")
-    with pytest.raises(ValueError, match="must be of rolldiff"):
+    text = OmegaConf.to_yaml({"data": data}).replace("MARK", str(tmp_path / "mark"))
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.yaml"):
         bench(ask(tmp_path, tmp_path / "new"), conf=config_dir())
-    (tmp_path / "config.yaml").unlink()
-    with pytest.raises(ValueError, match="data must be given"):
+    assert not (tmp_path / "mark").exists()
+
+
+def test_data_must_come_from_somewhere(run, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with pytest.raises(UsageError, match="data must be given"):
         bench(ask(tmp_path, tmp_path / "new"), conf=config_dir())

@@ -48,6 +48,7 @@ from rolldiff.evaluation.report import config_label, write_report
 from rolldiff.evaluation.results import METHOD, Results, Timings
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts
 from rolldiff.hub import read_checkpoint
+from rolldiff.trust import DATA, read_run_config, trusted_prefixes
 
 __all__ = ["Match", "bench", "grid", "match_cost"]
 
@@ -217,13 +218,17 @@ def _summary(record: Record) -> str:
 def _folder(cfg: DictConfig) -> Path:
     """Where the results go. What is in somebody else's run folder is not written through links."""
     if cfg.run_dir is None:
-        ckpt = Path(cfg.ckpt)
-        folder = ckpt / "bench" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-bench")
+        ckpt = Path(str(cfg.ckpt)).expanduser()
+        folder = ckpt / "bench"
+        if ckpt.is_file():
+            folder = ckpt.with_name(f"{ckpt.stem}-bench")
+        elif not ckpt.exists():  # the name of a repository on the Hub
+            folder = Path(f"{ckpt.name}-bench")
         refuse_links(folder)
     elif cfg.run_dir == "":
         raise UsageError("run_dir must be a folder or null, got ''")
     else:
-        folder = Path(str(cfg.run_dir))
+        folder = Path(str(cfg.run_dir)).expanduser()
     refuse_links(folder / RESULTS, folder / TIMINGS, folder / REPORT)
     return folder
 
@@ -319,7 +324,7 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         solver=[solvers[name] for name in names],
         guidance=guidance,
     )
-    seeds = _values(swept, "seeds", partial(whole_number, minimum=0, maximum=2**32 - 1))
+    seeds = _values(swept, "seeds", partial(whole_number, minimum=0))
     if len(set(seeds)) != len(seeds):
         raise UsageError(f"bench.seeds must be different numbers, got {seeds}")
     samples = swept.get("samples")
@@ -459,18 +464,19 @@ def _extractor(
     return as_extractor(made, name=name)
 
 
-def _data(cfg: DictConfig) -> Any:
+def _data(cfg: DictConfig) -> DictConfig:
+    """The settings of the data: those of the command, or those that the run was trained with."""
     if cfg.get("data"):
         return cfg.data
-    config = Path(cfg.ckpt) / "config.yaml"
+    config = Path(str(cfg.ckpt)).expanduser() / "config.yaml"
     if not config.is_file():
         raise UsageError(f"data must be given (data=…), for there is no {config} to take it from")
-    data = OmegaConf.select(OmegaConf.load(config), "data")
-    target = None if data is None else data.get("_target_")
-    # The folder may be somebody else's: nothing is called that is not ours.
-    if not str(target).startswith("rolldiff.data."):
+    # The folder may be somebody else's.
+    data = read_run_config(config, part="data", trust=cfg.trust)["data"]
+    target = data.get("_target_") if isinstance(data, dict) else None
+    if target not in DATA and not str(target).startswith(trusted_prefixes(cfg.trust)):
         raise UsageError(f"data of {config} must be of rolldiff.data, got {target}; say data=…")
-    return OmegaConf.create({RENAMED_DATA.get(key, key): data[key] for key in data})
+    return OmegaConf.create({RENAMED_DATA.get(key, key): value for key, value in data.items()})
 
 
 def _matched(sweep: _Sweep, evaluator: Evaluator, *, folder: Path) -> list[DecodeConfig]:
