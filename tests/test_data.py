@@ -722,8 +722,8 @@ def table(tmp_path):
         ([1, 0, 2], "uint8", [1, 0, 2], None, 3),
         ([1.0, 0.0, 2.0], "float32", [1, 0, 2], None, 3),
         ([True, False, True], "bool", [1, 0, 1], None, 2),
-        (["dog", "cat", "dog"], "string", [1, 0, 1], ("cat", "dog"), 2),
-        (["dog", "cat", "dog"], "large_string", [1, 0, 1], ("cat", "dog"), 2),
+        (list("fbdbaecg"), "string", [5, 1, 3, 1, 0, 4, 2, 6], tuple("abcdefg"), 7),
+        (list("fbdbaecg"), "large_string", [5, 1, 3, 1, 0, 4, 2, 6], tuple("abcdefg"), 7),
     ],
 )
 def test_labels_of_every_type(table, label, kind, expected, names, number):
