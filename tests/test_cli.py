@@ -184,10 +184,10 @@ def refused(status, stderr, words):
         (["decode", "ckpt=good", "num_groups=four"], "num_groups must be a whole number"),
         (["decode", "ckpt=good", "overlap=2"], "overlap must be a number in [0, 1]"),
         (["decode", "ckpt=good", "steps=0"], "steps must be a whole number"),
-        (["decode", "ckpt=good", "label=10"], "cond must be in 0 … 9"),
+        (["decode", "ckpt=good", "label=10"], "label must be in 0 … 9"),
         (["decode", "ckpt=good", "num_images=0"], "num_images"),
         (["decode", "ckpt=good", "order=sideways"], "order must be one of"),
-        (["decode", "ckpt=good", "out=a.jpg"], "out must end in .png or .gif"),
+        (["decode", "ckpt=good", "out=a.jpg"], "out must end in .png, .gif, .npz or be a folder"),
         (["decode", "ckpt=good", "out=no/such/a.png"], "out must be in a folder that exists"),
         (["decode", "ckpt=good", "dtype=fast"], "dtype must be float32, bfloat16"),
         (["decode", "ckpt=good", "dtype=float64"], "dtype must be torch.bfloat16 or"),
@@ -269,7 +269,7 @@ def test_every_setting_of_a_decoding_reaches_it(tmp_path, monkeypatch):
     assert seen["config"] == DecodeConfig(
         num_groups=4, overlap=0.5, steps=7, order="random:1", solver=DDIM(0.5), guidance=2
     )
-    assert (seen["cond"], seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
+    assert (seen["cond"].tolist(), seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
 
 
 def test_a_training_is_quiet_in_a_pipe(trained):

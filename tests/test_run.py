@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:.*LeafSpec",
     "ignore:Checkpoint directory",
+    "ignore:You're resuming from a checkpoint",
 )
 TINY = [
     "max_steps=4",
