@@ -172,6 +172,9 @@ def test_real_numbers_of_other_libraries(value):
         ("num_groups", lambda: Training(num_groups="4")),
         ("num_groups", lambda: Training(num_groups=(1, 2.0))),
         ("num_groups", lambda: Training(num_groups={1, 2})),
+        ("num_groups", lambda: Training(num_groups=[1] * 5000)),
+        ("num_groups", lambda: Training(orders=["random:0"] * 5000)),
+        ("num_groups", lambda: Training([1] * 4000).tables(torch.zeros(2**13, 3))),
         ("orders", lambda: Training(orders="top_to_bottom")),
         ("orders", lambda: Training(orders=(0, 1, 2))),
         ("orders", lambda: Training(orders=("sideways",))),
@@ -289,6 +292,14 @@ def test_a_permutation_of_another_library(decoder, order):
 @pytest.mark.parametrize("call", ["decode", "stream"])
 def test_wrong_decodings(decoder, call, word, ask):
     refused(lambda: getattr(decoder, call)(**ask), word)
+
+
+def test_more_images_than_memory_holds():
+    decoder = Decoder.build(**SMALL | {"image_size": 64, "patch": 16})
+    refused(lambda: decoder.decode(num_images=2**20), "num_images")
+    refused(lambda: decoder.decode(num_images=2**19), "num_images")
+    large = Prior(1024, 12, width=128, depth=4, heads=1)
+    refused(lambda: large.generate(num_images=2**14), "num_images")
 
 
 @pytest.mark.parametrize("frames", [True, 1.0, "2", 0, 99, NAN])

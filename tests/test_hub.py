@@ -514,6 +514,20 @@ def test_what_is_no_configuration(decoder, tmp_path, text):
     assert str(tmp_path) in line(error)
 
 
+def test_a_name_that_stands_twice_is_refused(decoder, tmp_path):
+    decoder.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert text.count('"prediction": "v"') == 1
+    for more in ('"prediction": "v"', '"prediction": "x", "prediction": "v"'):
+        wrong = text.replace('"prediction": "v"', f'"prediction": "v", {more}')
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(UsageError, match="is not JSON: a name is repeated"):
+            Decoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace('"prediction": "v"', '"prediction": NaN'))
+    with pytest.raises(UsageError, match="is not JSON: numbers must be finite, got NaN"):
+        Decoder.from_pretrained(tmp_path)
+
+
 BAD_TYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 

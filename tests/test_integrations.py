@@ -11,6 +11,7 @@ from torch import nn
 
 from rolldiff import ClassLabels, DecodeConfig, Decoder, Patches, TokenGrid, Training
 from rolldiff.diffusion.process import PerSampleNoise
+from rolldiff.errors import UsageError
 from rolldiff.hub import build
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: nothing is tested")
@@ -335,6 +336,60 @@ def test_a_decoder_with_a_network_is_saved(name, tmp_path):
     assert read.to_config() == decoder.to_config()
     ask = {"steps": 2, "seed": 0, "num_images": 1}
     assert torch.equal(read.decode(3, **ask).image, decoder.decode(3, **ask).image)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("word", "arguments"),
+    [
+        ("decoder", {"decoder": "decoder"}),
+        ("encoder", {"encoder": len}),
+        ("decode_config", {"decode_config": 4}),
+        ("decode_config", {"decode_config": {"_target_": "rolldiff.Euler"}}),
+        ("seed", {"seed": 0.5}),
+        ("seed", {"seed": True}),
+        ("scaling_factor", {"scaling_factor": float("nan")}),
+        ("shift_factor", {"shift_factor": "0"}),
+        ("force_upcast", {"force_upcast": 1}),
+        ("latent_channels", {"latent_channels": 4.0}),
+        ("block_out_channels", {"block_out_channels": 4}),
+    ],
+)
+def test_wrong_arguments_of_an_autoencoder(latent_decoder, word, arguments):
+    with pytest.raises(UsageError, match=f"^{word} must"):
+        DiffusersDecoder(**{"decoder": latent_decoder} | arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_latents(latent_decoder):
+    vae = DiffusersDecoder(latent_decoder)
+    z = torch.zeros(2, 4, 4, 4)
+    for wrong in (z.numpy(), z.long(), z * float("nan"), z.to("meta"), z[:, :1], None):
+        with pytest.raises(UsageError, match="^z must"):
+            vae.decode(wrong)
+    for wrong in (0, [0, 1], "g"):
+        with pytest.raises(UsageError, match="generator must"):
+            vae.decode(z, generator=wrong)
+    for wrong in (0, 1.5, True, "2"):
+        with pytest.raises(UsageError, match="^steps must"):
+            vae.decode(z, num_inference_steps=wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (("num_layers", 10**6),),
+        (("sample_size", 2**20), ("num_attention_heads", 8), ("attention_head_dim", 64)),
+        (("block_out_channels", (8,) * 1000),),
+        (("in_channels",),),
+        ((3, 4),),
+        "num_layers",
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_settings_that_no_network_has(settings):
+    with pytest.raises(UsageError, match="must"):
+        Network("DiTTransformer2DModel", settings)
 
 
 def test_networks_that_are_refused():

@@ -219,6 +219,8 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         if z.ndim != 4 or z.shape[1:] != shape:
             wanted = ", ".join(map(str, shape))
             raise UsageError(f"{name} must have shape (B, {wanted}), got {tuple(z.shape)}")
+        if not z.isfinite().all():
+            raise UsageError(f"{name} must be finite, got NaN or infinity")
         return z
 
 

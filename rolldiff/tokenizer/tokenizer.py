@@ -123,9 +123,6 @@ class Tokenizer(Pretrained):
 
     def __init__(self, encoder: Encoder, decoder: Decoder, *, levels: Sequence[int]) -> None:
         super().__init__()
-        # Imported here, because nothing but a tokenizer needs it and what it imports.
-        from vector_quantize_pytorch import FSQ
-
         instance(encoder, Encoder, "encoder", "an Encoder")
         instance(decoder, Decoder, "decoder", "a Decoder")
         levels = whole_numbers(levels, "levels", minimum=2, maximum=MAX_CODES)
@@ -142,6 +139,9 @@ class Tokenizer(Pretrained):
         self.config = {"encoder": encoder, "decoder": decoder, "levels": list(levels)}
         self.encoder = encoder
         self.decoder = decoder
+        # Imported here, because nothing but a tokenizer needs it and what it imports.
+        from vector_quantize_pytorch import FSQ
+
         with torch.device("cpu"):  # it looks into its own numbers
             self.quantize = FSQ(list(levels))
         self.grid = encoder.grid
