@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_cli import TINY, rolldiff
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ def test_commands_are_known():
         "rolldiff decode ckpt=RUN ",
         "rolldiff bench ckpt=RUN",
         "rolldiff train -m ",
+        "rolldiff train data=folder ",
         *CHAIN,
     )
     assert COMMANDS
@@ -83,6 +85,20 @@ def test_sweep_command(tmp_path):
     done = rolldiff(*quick, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("runs/*-sweep/*/summary.json"))) == 2
+
+
+@pytest.mark.slow
+def test_photographs_command(tmp_path):
+    (command,) = (c for c in COMMANDS if c.startswith("rolldiff train data=folder"))
+    for name in ("cat", "dog"):
+        (tmp_path / "PHOTOS" / name).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.new("RGB", (90, 60 + number), (name == "cat" and "red") or "blue")
+            picture.save(tmp_path / "PHOTOS" / name / f"{number}.jpg")
+    done = rolldiff(*command.split()[1:], *TINY, "run_dir=RUN", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = rolldiff("decode", "ckpt=RUN", "label=dog", "steps=1", "num_images=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
