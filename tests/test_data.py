@@ -1191,3 +1191,15 @@ def test_a_resumed_training_continues_the_order(folder, order, tmp_path, options
     first = train(stop)
     number = 17 * options.get("accumulate_grad_batches", 1)
     assert first + train(17, tmp_path / "it.ckpt") == order[:number]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"image_column": None}, {"image_column": {"a": 1}}, {"label_column": ["label"]}],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_columns_are_named_by_texts(columns, tmp_path):
+    (name,) = columns
+    with pytest.raises(UsageError, match=f"^{name} must name a column"):
+        Hub(path=str(tmp_path), image_size=8, channels=1, **columns)

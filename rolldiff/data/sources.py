@@ -230,6 +230,12 @@ class Hub(Images):
             raise UsageError(f"data.path must be free of * ? [ ] for a hub set, got {self.path}")
         if not isinstance(self.split, str) or not self.split:
             raise UsageError(f"split must be the name of a split, got {self.split!r}")
+        if not isinstance(self.image_column, str):
+            raise UsageError(f"image_column must name a column, got {self.image_column!r}")
+        if not isinstance(self.label_column, str | None):
+            raise UsageError(
+                f"label_column must name a column, or be null for none, got {self.label_column!r}"
+            )
         if not isinstance(self.streaming, bool):
             raise UsageError(f"streaming must be true or false, got {self.streaming!r}")
         if self.streaming and (self.held_out or self.flip or self.reference_images is None):

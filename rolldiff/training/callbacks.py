@@ -24,7 +24,14 @@ from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
 from rolldiff.training.module import LitDecoder, images_per_batch
 
-__all__ = ["AveragedWeights", "Clock", "ProgressLines", "SampleGrid", "progress_bar"]
+__all__ = [
+    "AveragedWeights",
+    "Clock",
+    "ProgressLines",
+    "SampleGrid",
+    "duration",
+    "progress_bar",
+]
 
 
 class SampleGrid(Callback):
@@ -129,7 +136,7 @@ class Clock(Callback):
 
     def __init__(self, limit: str | None, checkpoint: Path) -> None:
         super().__init__()
-        self.limit = None if limit is None else _parse_duration(limit)
+        self.limit = None if limit is None else duration(limit, "time_limit")
         self.checkpoint = checkpoint
         self.images_seen = 0
         self.finished = False
@@ -193,10 +200,15 @@ class Clock(Callback):
         self.images_seen = state_dict["images_seen"]
 
 
-def _parse_duration(text: str) -> timedelta:
+def duration(text: object, name: str) -> timedelta:
+    """A time `DD:HH:MM:SS`.
+
+    Raises:
+        UsageError: if it is not of this form.
+    """
     parts = str(text).split(":")
     if len(parts) != 4 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"time_limit must be a time DD:HH:MM:SS, got {text!r}")
+        raise UsageError(f"{name} must be a time DD:HH:MM:SS, got {text!r}")
     days, hours, minutes, seconds = map(int, parts)
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 

@@ -32,7 +32,7 @@ from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import read_checkpoint
 from rolldiff.signals import Interrupted
-from rolldiff.training.callbacks import Clock, progress_bar
+from rolldiff.training.callbacks import Clock, duration, progress_bar
 from rolldiff.training.module import LitModel
 from rolldiff.trust import portable, read_run_config
 
@@ -305,8 +305,20 @@ def _is_finished(folder: Path) -> bool:
 def _validate(cfg: DictConfig) -> None:
     """Refuse at once what would otherwise fail late, or hang."""
     whole_number(cfg.seed, "seed", minimum=0)
-    whole_number(cfg.max_steps, "max_steps")
-    whole_number(cfg.batch_size, "batch_size")
+    whole_number(cfg.max_steps, "max_steps", maximum=10**12)
+    whole_number(cfg.batch_size, "batch_size", maximum=10**9)
+    if cfg.max_time is not None and not OmegaConf.is_dict(cfg.max_time):
+        duration(cfg.max_time, "max_time")
+    # What Lightning and its callbacks compare and count with, without a check of their own.
+    for key, minimum in (
+        ("trainer.num_sanity_val_steps", -1),
+        ("trainer.log_every_n_steps", 0),
+        ("callbacks.throughput.window_size", 2),
+    ):
+        missing = object()
+        value = OmegaConf.select(cfg, key, default=missing, throw_on_missing=False)
+        if value is not missing and not (value is None and key.startswith("trainer.")):
+            whole_number(value, key, minimum=minimum)
     for name in ("progress", "compile"):
         if not isinstance(cfg[name], bool):
             raise UsageError(f"{name} must be true or false, got {cfg[name]!r}")
@@ -332,6 +344,9 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
         lit.compile_model()
     parts = cfg.get("callbacks") or {}
     callbacks = [_instantiate(callback) for callback in parts.values() if callback]
+    for name, callback in zip((n for n, c in parts.items() if c), callbacks, strict=True):
+        if not isinstance(callback, L.Callback):
+            raise UsageError(f"callbacks.{name} must be null or a callback, got {callback!r}")
     clock = Clock(cfg.time_limit, folder / LAST)
     callbacks.append(clock)
     logger = cfg.get("logger")  # ~logger leaves it out
@@ -347,7 +362,10 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
 
 def _instantiate(cfg: Any, **others: Any) -> Any:
     # Plain lists and dictionaries: by default Hydra would turn our dataclasses into its own.
-    return instantiate(cfg, _convert_="all", **others)
+    try:
+        return instantiate(cfg, _convert_="all", **others)
+    except TypeError as error:  # of Hydra's own keys; what a part raises, Hydra wraps
+        raise UsageError(f"settings must be ones that Hydra builds: {error}") from error
 
 
 def _set_classes(cfg: DictConfig, data: Any) -> None:
@@ -358,6 +376,8 @@ def _set_classes(cfg: DictConfig, data: Any) -> None:
     """
     if cfg.num_classes == 0:  # trained without labels, whether there are any or not
         return
+    if cfg.num_classes is not None and getattr(data, "streaming", False):
+        return  # a stream's labels are only known when all of it was read
     found = getattr(data, "num_classes", 0)  # a data module of the user's own may have none
     if cfg.num_classes is None:
         cfg.num_classes = found
