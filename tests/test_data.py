@@ -1203,3 +1203,11 @@ def test_columns_are_named_by_texts(columns, tmp_path):
     (name,) = columns
     with pytest.raises(UsageError, match=f"^{name} must name a column"):
         Hub(path=str(tmp_path), image_size=8, channels=1, **columns)
+
+
+def test_pictures_are_not_structures_of_numbers(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": 1, "path": 2}], "label": [0]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "train-0.parquet"))
+    with pytest.raises(UsageError, match="image_column must be a column of pictures"):
+        Hub(path=str(tmp_path), image_size=8, channels=1).image  # noqa: B018

@@ -360,7 +360,11 @@ class Hub(Images):
                 f"image_column and label_column must be among {table.column_names}, got {columns}"
             )
         picture = table.features[self.image_column]
-        stored = isinstance(picture, dict) and set(picture) <= {"bytes", "path"}
+        stored = (
+            isinstance(picture, dict)
+            and picture.keys() <= {"bytes", "path"}
+            and all(getattr(part, "dtype", "") in ENCODED for part in picture.values())
+        )
         if not (stored or isinstance(picture, Image) or getattr(picture, "dtype", "") in ENCODED):
             raise UsageError(
                 f"image_column must be a column of pictures, got {self.image_column} of {picture}"
