@@ -8,6 +8,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import faults
+import faults_cases
+
+from rolldiff.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -24,7 +27,7 @@ def test_no_input_of_a_kind_is_a_fault(kind):
 
 def test_the_oracle_tells_the_outcomes_apart():
     def usage(message="steps must be 1"):
-        raise faults.UsageError(message)
+        raise UsageError(message)
 
     def fails(error):
         raise error
@@ -36,7 +39,7 @@ def test_the_oracle_tells_the_outcomes_apart():
         "wrongly accepted": faults.Case("", lambda: 1),
         "bare type error": faults.Case("", lambda: None + 1),
         "traceback": faults.Case("", lambda: fails(ValueError("no UsageError"))),
-        "hang": faults.Case("", lambda: fails(faults.Hang())),
+        "hang": faults.Case("", lambda: fails(faults_cases.Hang())),
     }
     for outcome, case in cases.items():
         assert faults.outcome(case)[0] == outcome
