@@ -37,6 +37,7 @@ from rolldiff.errors import UsageError, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
+from rolldiff.trust import RESUMABLE
 
 __all__ = ["config_dir", "main"]
 
@@ -52,9 +53,6 @@ usage: rolldiff COMMAND [key=value ...]
 
 rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints their values.
 """
-
-# Settings that may differ from those of the run that is resumed. (Importing them takes seconds.)
-RESUMABLE = ("resume", "time_limit", "progress", "trust")
 
 MAX_IMAGES, MAX_PER_PAGE = 10**7, 4096
 

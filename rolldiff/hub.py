@@ -465,17 +465,7 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
             f"ckpt must be a run folder, a checkpoint or a repository on the Hub, got {path}, "
             "which does not exist"
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UsageError(f"ckpt {path} must not be compressed, got a compressed archive")
-            if (damaged := archive.testzip()) is not None:
-                raise UsageError(f"ckpt {path} is damaged: {damaged} is not what was saved")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
-    except Exception as error:  # torch raises whatever the damage provokes
-        raise UsageError(f"ckpt {path} is damaged or no checkpoint: {reason(error)}") from error
+    checkpoint = checkpoint_content(path)
     try:
         config = checkpoint["hyper_parameters"]["model"]
         weights = {
@@ -490,6 +480,25 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
             raise UsageError(f"ckpt {path}: {name} must be a dense tensor, got {type(value)}")
     module = _built_for(cls, config, weights, source=path)
     return _load(module, weights, config=config, source=path)
+
+
+def checkpoint_content(path: Path) -> Any:
+    """What a Lightning checkpoint holds: plain containers, and tensors that are mapped to the file.
+
+    Raises:
+        UsageError: if it is compressed, its checksums say that it is damaged, or it holds more.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UsageError(f"ckpt {path} must not be compressed, got a compressed archive")
+            if (damaged := archive.testzip()) is not None:  # torch does not compare the checksums
+                raise UsageError(f"ckpt {path} is damaged: {damaged} is not what was saved")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises whatever the damage provokes
+        raise UsageError(f"ckpt {path} is damaged or no checkpoint: {reason(error)}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

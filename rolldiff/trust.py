@@ -19,9 +19,22 @@ import yaml
 from rolldiff.errors import UsageError, reason
 from rolldiff.hub import PUBLIC
 
-__all__ = ["DATA", "RUN_DIR", "TARGETS", "portable", "read_run_config", "trusted_prefixes"]
+__all__ = [
+    "DATA",
+    "RESUMABLE",
+    "RUN_DIR",
+    "TARGETS",
+    "escaped",
+    "portable",
+    "read_run_config",
+    "trusted_prefixes",
+]
 
 RUN_DIR = "${run_dir}"
+
+# Settings that may differ from those of the run that is resumed.
+RESUMABLE = ("resume", "time_limit", "progress", "trust")
+
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
 
@@ -117,7 +130,7 @@ def read_run_config(path: Path, *, part: str | None = None, trust: object = None
         raise UsageError(f"{path}: {error}") from error
     if fault:
         raise UsageError(f"{path}: {'.'.join(map(str, place))} {fault}")
-    return _located(config, str(path.parent).replace("${", "\\${"))
+    return _located(config, escaped(path.parent))
 
 
 def trusted_prefixes(trust: object) -> tuple[str, ...]:
@@ -134,6 +147,11 @@ def trusted_prefixes(trust: object) -> tuple[str, ...]:
         if not all(part.isidentifier() for part in prefix[:-1].split(".")):
             raise UsageError(f"trust must be a package such as mypackage., got {prefix!r}")
     return prefixes
+
+
+def escaped(text: str | Path) -> str:
+    """A text as a value of a configuration, in which `${` would begin an interpolation."""
+    return str(text).replace("${", "\\${")
 
 
 def portable(config: Any, run_dir: str) -> Any:

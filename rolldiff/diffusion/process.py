@@ -45,6 +45,7 @@ __all__ = [
     "denoising_loss",
     "inverse",
     "loss_weight",
+    "seed_sequence",
     "to_x_eps",
 ]
 
@@ -273,7 +274,9 @@ class PerSampleNoise:
         start = whole_number(start_index, "start_index", minimum=0, maximum=2**64 - 1)
         batch = whole_number(batch, "num_images", maximum=MAX_IMAGES)
         # SeedSequence mixes the pair well; neighbouring seeds of a Mersenne twister are correlated.
-        states = (_sequence(seed, start + i).generate_state(1, np.uint64)[0] for i in range(batch))
+        states = (
+            seed_sequence(seed, start + i).generate_state(1, np.uint64)[0] for i in range(batch)
+        )
         self._generators = [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in states]
 
     def normal(self, *shape: int) -> Tensor:
@@ -281,13 +284,17 @@ class PerSampleNoise:
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators])
 
 
-def _sequence(seed: int, index: int) -> np.random.SeedSequence:
-    """A sequence of its own for every pair.
+def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
+    """A sequence of its own for every seed and key.
 
-    A sequence is a function of its 32-bit words, without a mark between two numbers. The pair is
-    therefore unambiguous only for seeds of one word; for all others, numpy fills the seed up to
-    four words before it appends the index.
+    A sequence is a function of its 32-bit words, without a mark between two numbers. Seed and key
+    are therefore unambiguous only for seeds of one word; for all others, numpy fills the seed up to
+    four words before it appends the key.
+
+    Args:
+        seed: 0 or more.
+        *key: numbers of 0 or more, such as the index of a sample.
     """
     if seed < 2**32:
-        return np.random.SeedSequence((seed, index))
-    return np.random.SeedSequence(seed, spawn_key=(index,))
+        return np.random.SeedSequence((seed, *key))
+    return np.random.SeedSequence(seed, spawn_key=key)

@@ -418,14 +418,8 @@ def _decode_all(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderReport(TrainingReport):
-    """Of a decoder: the distance of samples to the data, and pictures, for several group counts.
-
-    Args:
-        num_groups: the group counts.
-        steps: solver steps per group.
-        samples: images, at most, that as many samples are compared with.
-    """
+class GroupCountReport(TrainingReport):
+    """A report that compares several group counts at overlap 0."""
 
     num_groups: Sequence[int]
 
@@ -435,6 +429,17 @@ class DecoderReport(TrainingReport):
 
     def configs(self) -> list[DecodeConfig]:
         return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderReport(GroupCountReport):
+    """Of a decoder: the distance of samples to the data, and pictures, for several group counts.
+
+    Args:
+        num_groups: the group counts.
+        steps: solver steps per group.
+        samples: images, at most, that as many samples are compared with.
+    """
 
     def decoder_of(self, model: Decoder) -> Decoder:
         return model
@@ -500,7 +505,7 @@ class DecoderReport(TrainingReport):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerReport(TrainingReport):
+class TokenizerReport(GroupCountReport):
     """Of a tokenizer: the quality of reconstructions, for several group counts.
 
     Args:
@@ -508,15 +513,6 @@ class TokenizerReport(TrainingReport):
         steps: solver steps per group.
         samples: images, at most.
     """
-
-    num_groups: Sequence[int]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("num_groups", _group_counts(self.num_groups))
-
-    def configs(self) -> list[DecodeConfig]:
-        return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
 
     def decoder_of(self, model: Tokenizer) -> Decoder:
         return model.decoder

@@ -92,7 +92,8 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
             if group.is_main:
                 path = folder / RESULTS
                 results = Results(path, layout=decoder.layout, solvers=sweep.solvers)
-            evaluator = _evaluator(cfg, sweep, decoder, group)
+            data = _data(cfg)
+            evaluator = _evaluator(cfg, sweep, decoder=decoder, data=data, group=group)
             if results is not None:
                 results.require(_same(evaluator, cfg), metrics=evaluator.metric_names)
             if cfg.compile:
@@ -101,7 +102,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
             if sweep.match is not None:
                 configs = group.broadcast(_matched(sweep, evaluator, folder=folder))
             todo = group.broadcast([] if results is None else results.missing(configs))
-            provenance = _provenance(evaluator, cfg)
+            provenance = _provenance(evaluator, cfg, data)
             show = group.is_main and cfg.progress
             with _progress(todo, len(configs), show=show) as bar:
                 for config in todo:
@@ -393,10 +394,12 @@ def _order(value: Any, name: str, *, coords: torch.Tensor) -> Order:
     return value
 
 
-def _evaluator(cfg: DictConfig, sweep: _Sweep, decoder: Decoder, group: Processes) -> Evaluator:
-    data = instantiate(_data(cfg), _convert_="all")
+def _evaluator(
+    cfg: DictConfig, sweep: _Sweep, *, decoder: Decoder, data: DictConfig, group: Processes
+) -> Evaluator:
+    source = instantiate(data, _convert_="all")
     with group.main_first():
-        image, label = data.image, data.label
+        image, label = source.image, source.label
     shape = tuple(decoder.layout.image_shape)
     if image.shape[1:] != shape:
         found = tuple(image.shape[1:])
@@ -526,11 +529,11 @@ def _same(evaluator: Evaluator, cfg: DictConfig) -> Record:
     }
 
 
-def _provenance(evaluator: Evaluator, cfg: DictConfig) -> Record:
+def _provenance(evaluator: Evaluator, cfg: DictConfig, data: DictConfig) -> Record:
     """What else is worth knowing about a line."""
     return {
         "ckpt": "".join(c if c.isprintable() else "?" for c in Path(cfg.ckpt).name),
-        "data": _data(cfg)["_target_"],
+        "data": data["_target_"],
         "reference_images": len(evaluator.image),
         "match": cfg.bench.match,
         "processes": evaluator.processes.size,

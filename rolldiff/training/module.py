@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place
+from rolldiff.diffusion.process import seed_sequence
 from rolldiff.errors import UsageError, reason, whole_number
 from rolldiff.hub import Pretrained
 from rolldiff.tokenizer import Prior, Tokenizer
@@ -162,11 +163,7 @@ class LitModel(L.LightningModule, ABC):
     def _batch_generator(self) -> torch.Generator:
         """A generator that depends on the seed, the number of the batch and the process."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        # A larger seed would be split into words, and collide with a small one at another batch.
-        if self.seed < 2**32:
-            sequence = np.random.SeedSequence((self.seed, batches, self.global_rank))
-        else:
-            sequence = np.random.SeedSequence(self.seed, spawn_key=(batches, self.global_rank))
+        sequence = seed_sequence(self.seed, batches, self.global_rank)
         state = sequence.generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

@@ -9,7 +9,6 @@ import json
 import secrets
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,18 +29,15 @@ from rolldiff.errors import UsageError, reason, warn_user, whole_number
 from rolldiff.evaluation.measure import device_name
 from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
-from rolldiff.hub import read_checkpoint
+from rolldiff.hub import checkpoint_content, read_checkpoint
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
 from rolldiff.training.module import LitModel
-from rolldiff.trust import portable, read_run_config
+from rolldiff.trust import RESUMABLE, escaped, portable, read_run_config
 
-__all__ = ["RESUMABLE", "Summary", "resumed_config", "train"]
+__all__ = ["Summary", "resumed_config", "train"]
 
 CONFIG, SUMMARY, LAST, CHECKPOINTS = "config.yaml", "summary.json", "last.ckpt", "checkpoints"
-
-# Settings that may differ from those of the run that is resumed.
-RESUMABLE = ("resume", "time_limit", "progress", "trust")
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,7 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     if _is_finished(folder):
         raise UsageError(f"resume must be a run that is not finished, got {folder}")
     saved = read_run_config(folder / CONFIG, trust=cfg.trust)
-    now = {"run_dir": _escaped(folder)} | {key: cfg[key] for key in RESUMABLE}
+    now = {"run_dir": escaped(folder)} | {key: cfg[key] for key in RESUMABLE}
     merged = OmegaConf.merge(saved, now)
     assert isinstance(merged, DictConfig)
     return merged
@@ -268,13 +264,12 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (name := archive.testzip()) is not None:  # torch does not compare the checksums
-                raise UsageError(f"{name} has another checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = checkpoint_content(path)
         state = content["callbacks"].get(Clock.__qualname__, {})
         return Checkpoint(path, int(content["global_step"]), bool(state.get("finished", False)))
-    except Exception as error:  # whatever the damage provokes
+    except UsageError:
+        raise
+    except Exception as error:  # whatever stands in place of these values
         raise UsageError(f"{path} is damaged or no checkpoint: {reason(error)}") from error
 
 
@@ -287,11 +282,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether there is a summary; half of one, of a version that could leave that, does not count.
-
-    Returns:
-        True for a finished run.
-    """
+    """Whether there is a summary; half of one, as earlier versions could leave, does not count."""
     try:
         return isinstance(json.loads((folder / SUMMARY).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -343,10 +334,14 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     if cfg.compile:
         lit.compile_model()
     parts = cfg.get("callbacks") or {}
-    callbacks = [_instantiate(callback) for callback in parts.values() if callback]
-    for name, callback in zip((n for n, c in parts.items() if c), callbacks, strict=True):
+    callbacks = []
+    for name, part in parts.items():
+        if not part:
+            continue
+        callback = _instantiate(part)
         if not isinstance(callback, L.Callback):
             raise UsageError(f"callbacks.{name} must be null or a callback, got {callback!r}")
+        callbacks.append(callback)
     clock = Clock(cfg.time_limit, folder / LAST)
     callbacks.append(clock)
     logger = cfg.get("logger")  # ~logger leaves it out
@@ -388,7 +383,7 @@ def _set_classes(cfg: DictConfig, data: Any) -> None:
         )
     names = getattr(data, "class_names", None)
     if cfg.class_names is None and names is not None and len(names) == cfg.num_classes:
-        cfg.class_names = [name.replace("${", "\\${") for name in names]
+        cfg.class_names = [escaped(name) for name in names]
 
 
 @contextmanager
@@ -442,7 +437,7 @@ def _made_folder(cfg: DictConfig) -> tuple[Path, list[Path]]:
             raise UsageError(
                 f"run_dir must be a folder that can be made, got {folder}: {error.strerror}"
             ) from error
-        cfg.run_dir = _escaped(folder)
+        cfg.run_dir = escaped(folder)
         cfg.run_id = cfg.run_id or secrets.token_hex(4)
         return folder, missing
     raise AssertionError("unreachable")
@@ -468,15 +463,10 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     for key in ("data.path", "tokenizer"):
         value = OmegaConf.select(cfg, key)
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
-            OmegaConf.update(cfg, key, _escaped(path.absolute()))
+            OmegaConf.update(cfg, key, escaped(path.absolute()))
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
-
-
-def _escaped(path: Path) -> str:
-    """A path as a value of a configuration, in which `${` would begin an interpolation."""
-    return str(path).replace("${", "\\${")
 
 
 def _flat(values: dict[str, Any], prefix: str = "report") -> dict[str, float]:
