@@ -37,7 +37,7 @@ from rolldiff.errors import UsageError, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
-from rolldiff.trust import RESUMABLE
+from rolldiff.trust import RESUMABLE, trusted_prefixes
 
 __all__ = ["config_dir", "main"]
 
@@ -225,7 +225,7 @@ def _load(cfg: DictConfig, name: str, cls: type[M]) -> M:
     if path is None or not str(path).strip():
         raise UsageError(f"{name} must be a run folder or a checkpoint; add {name}=PATH")
     device = named_device(cfg.device)
-    return read_checkpoint(path, cls).to(device)
+    return read_checkpoint(path, cls, trusted=trusted_prefixes(cfg.trust)).to(device)
 
 
 def _out(cfg: DictConfig, kinds: Sequence[str]) -> Path:

@@ -5,8 +5,7 @@ Hydra reads them, which name classes by the paths that users import them from (`
 
 Files may come from somebody else, so reading them runs nothing that they hold. Nothing is unpickled
 but plain containers and tensors. Only the classes in `PUBLIC` are built, none of which does more
-than to hold numbers, and those of other libraries that the caller lists by their exact names. All
-names are looked up before anything is built. The configuration is built without memory for weights
+than to hold numbers, and those of other libraries that the caller lists by their names. All names are looked up before anything is built. The configuration is built without memory for weights
 first and compared with the names, shapes and types in the file, so that neither can ask for more
 than the file holds.
 
@@ -194,7 +193,8 @@ def build(config: Any, *, trusted: Collection[str] = ()) -> Any:
 
     Args:
         config: what `describe` returned, in this version or an earlier one.
-        trusted: dotted names of classes of other libraries that it may name.
+        trusted: dotted names of classes of other libraries that it may name; one that ends in a
+            dot, such as `mypackage.`, stands for all classes that the package defines.
 
     Raises:
         UsageError: if it holds other than plain values, or names any other class, before anything
@@ -255,9 +255,10 @@ def _targets(config: Any) -> Iterator[Any]:
 
 
 def _resolve(target: str, trusted: Collection[str]) -> type:
-    path = PUBLIC.get(MOVED.get(target, target)) or (target if target in trusted else None)
-    if path is not None:
-        module, _, name = path.rpartition(".")
+    path = PUBLIC.get(MOVED.get(target, target))
+    packages = [name for name in trusted if name.endswith(".")]
+    if path or target in trusted or is_defined_in(target, packages):
+        module, _, name = (path or target).rpartition(".")
         try:
             cls = getattr(importlib.import_module(module), name, None)
         except (ImportError, ValueError):  # no such module, or not a name of one
@@ -265,9 +266,34 @@ def _resolve(target: str, trusted: Collection[str]) -> type:
         if isinstance(cls, type):
             return cls
     raise UsageError(
-        "_target_ must name a class of rolldiff, or one that the caller lists in trusted, "
+        "_target_ must name a class of rolldiff, or one that trusted=… allows (on the command line "
+        "trust=mypackage.), "
         f"got {shown(target)}"
     )
+
+
+def is_defined_in(path: str, packages: Collection[str]) -> bool:
+    """Whether a dotted path leads to a class or function that one of the packages defines.
+
+    What a package has imported, such as `mypackage.os.system`, is not its own. The package is
+    imported, so it must be one that the user trusts.
+
+    Args:
+        path: of a module and a name in it.
+        packages: each as a prefix of dotted names, such as `mypackage.`.
+
+    Raises:
+        UsageError: if the package cannot be imported.
+    """
+    packages = tuple(packages)
+    if not path.startswith(packages):
+        return False
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UsageError(f"{path} must be found, but {reason(error)}") from error
+    return f"{getattr(found, '__module__', '')}.".startswith(packages)
 
 
 def _built(config: Any, classes: dict[str, type]) -> Any:
@@ -397,7 +423,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         Args:
             name_or_folder: a folder, or else the name of a repository on the Hub.
             trusted: dotted names of classes of other libraries that the configuration may name,
-                such as `("mypackage.MyBackbone",)`.
+                such as `("mypackage.MyBackbone",)`, or `("mypackage.",)` for all of a package.
             revision: branch, tag or commit of the repository.
             token: for a private repository; by default that of the logged-in user.
             cache_dir: where downloads are kept.
@@ -440,7 +466,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         return _load(module, _read_weights(folder / WEIGHTS), config=config, source=folder)
 
 
-def read_checkpoint(path: str | Path, cls: type[M]) -> M:
+def read_checkpoint(path: str | Path, cls: type[M], *, trusted: Collection[str] = ()) -> M:
     """A module from a run folder, from a Lightning checkpoint of `rolldiff train`, or from the Hub.
 
     The averaged weights, where training averaged them. Nothing is unpickled but plain containers
@@ -449,6 +475,7 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
     Args:
         path: the folder or file; or, where neither exists, the name of a repository on the Hub.
         cls: what it must hold, such as `Decoder`.
+        trusted: see `build`.
 
     Raises:
         UsageError: if there is nothing there, or it is damaged or not from this library.
@@ -456,11 +483,11 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
     name = str(path)
     path = _path(path, "ckpt")
     if _is(path, "dir"):
-        return cls.from_pretrained(path)
+        return cls.from_pretrained(path, trusted=trusted)
     if not _is(path, "file"):
         # A name such as organisation/model, unless it begins with a folder that is here.
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.exists():
-            return cls.from_pretrained(name)
+            return cls.from_pretrained(name, trusted=trusted)
         raise UsageError(
             f"ckpt must be a run folder, a checkpoint or a repository on the Hub, got {path}, "
             "which does not exist"
@@ -478,7 +505,7 @@ def read_checkpoint(path: str | Path, cls: type[M]) -> M:
     for name, value in weights.items():
         if not (isinstance(value, Tensor) and value.layout == torch.strided) or value.is_meta:
             raise UsageError(f"ckpt {path}: {name} must be a dense tensor, got {type(value)}")
-    module = _built_for(cls, config, weights, source=path)
+    module = _built_for(cls, config, weights, trusted=trusted, source=path)
     return _load(module, weights, config=config, source=path)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from rolldiff.errors import UsageError, reason
-from rolldiff.hub import PUBLIC
+from rolldiff.hub import PUBLIC, is_defined_in
 
 __all__ = [
     "DATA",
@@ -209,7 +209,7 @@ def _fault(place: tuple[Any, ...], value: Any, prefixes: tuple[str, ...]) -> str
 
 
 def _target_fault(target: Any, prefixes: tuple[str, ...]) -> str | None:
-    if isinstance(target, str) and (target in TARGETS or target.startswith(prefixes)):
+    if isinstance(target, str) and (target in TARGETS or is_defined_in(target, prefixes)):
         return None
     fault = f"must name a class that rolldiff train uses, got {target!r}"
     package = str(target).partition(".")[0]

@@ -785,8 +785,12 @@ def test_splits_are_checked(table, streaming):
     ask = {"path": table([0, 1, 2, 3], "int64"), "streaming": streaming, "reference_images": 4}
     with pytest.raises(UsageError, match=r"^split must be one of .*, got nope: .*train"):
         Hub(**ask, **PIXELS, split="nope").image  # noqa: B018
+    for split in ("train[2:1]", "train[-1:-2]", "train[50%:50%]", "train[:1]+train[3:2]"):
+        with pytest.raises(UsageError, match="split must be a part that is not empty"):
+            Hub(**ask, **PIXELS, split=split)
     if not streaming:
         assert Hub(**ask, **PIXELS, split="train[:50%]").label.tolist() == [0, 1]
+        assert Hub(**ask, **PIXELS, split="train[1:-1]").label.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

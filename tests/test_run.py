@@ -440,6 +440,8 @@ def test_classes_come_from_the_data(tmp_path):
         (["callbacks.throughput.window_size=null"], "window_size must be a whole number"),
         (["max_steps=100000000000000000000"], "max_steps must be a whole number in 1 … 10000"),
         (["max_time=1e2"], "max_time must be a time DD:HH:MM:SS, got 100.0"),
+        (["trainer.max_time=-1"], "trainer.max_time must be a time DD:HH:MM:SS, got -1"),
+        (["~callbacks.throughput.batch_size_fn._target_"], "batch_size_fn must be a function"),
         (["trainer.log_every_n_steps=x"], "trainer.log_every_n_steps must be a whole number"),
         (["trainer.num_sanity_val_steps=x"], "trainer.num_sanity_val_steps must be a whole"),
         (["callbacks.throughput.window_size=nan"], "window_size must be a whole number"),
@@ -583,6 +585,14 @@ def test_a_model_is_that_of_the_checkpoint(stopped, whole):
     assert weights(stopped) == weights(whole)
 
 
+@pytest.mark.parametrize("part", ["data", "lit", "report", "trainer"])
+def test_parts_of_a_resumed_run_are_dictionaries(part, stopped):
+    path = stopped / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {part: 10**20}))
+    with pytest.raises(UsageError, match=f"{part} must be a dictionary with _target_, got 1000"):
+        resume(stopped)
+
+
 def test_ones_own_classes_are_trusted_by_name(stopped, tmp_path, monkeypatch):
     package = tmp_path / "mypackage"
     package.mkdir()
@@ -601,6 +611,59 @@ def test_ones_own_classes_are_trusted_by_name(stopped, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="must name a class"):
         resume(stopped, trust="mypack")
     assert resume(stopped, trust="mypackage.").steps == 4
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_network_of_ones_own_is_trained_resumed_decoded_and_measured(
+    tmp_path, monkeypatch, capsys
+):
+    package = tmp_path / "ownnet"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os, subprocess\nfrom rolldiff import Transformer\n"
+        "from rolldiff.data import Digits\nclass Net(Transformer):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stop = "time_limit=00:00:00:00"
+    main(["train", *TINY, "nn._target_=ownnet.Net", "run_dir=run", stop])
+
+    def refused(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        printed = capsys.readouterr().err.strip()
+        assert end.value.code == 2
+        assert "\n" not in printed
+        return printed
+
+    bench = ("bench.steps=[1]", "bench.joint_steps=[]", "bench.samples=8", "bench.seeds=[0]")
+    bench += ("bench.features=[pixels]", "bench.num_groups=[1]", "bench.pairs=8")
+    trust = "trust=ownnet."
+    assert "say trust=ownnet." in refused("train", "resume=run")
+    main(["train", "resume=run", trust, "progress=false"])
+    for ckpt in ("run", "run/last.ckpt"):
+        decode = ("decode", f"ckpt={ckpt}", "num_images=2", "steps=1", "out=a.png")
+        assert "trust=mypackage." in refused(*decode)
+        main([*decode, trust])
+        measure = ("bench", f"ckpt={ckpt}", "run_dir=measured", "progress=false", *bench)
+        assert "trust=mypackage." in refused(*measure)
+        assert not (tmp_path / "measured").exists()
+    main(["bench", "ckpt=run", "run_dir=measured", "progress=false", trust, *bench])
+
+    # What a trusted package has imported is not its own.
+    path = tmp_path / "run/config.json"
+    content = json.loads(path.read_text())
+    for target in ("ownnet.subprocess.Popen", "ownnet.Digits", "ownnet.os.system", "ownnet.none"):
+        path.write_text(json.dumps(content | {"backbone": {"_target_": target}}))
+        assert target in refused("decode", "ckpt=run", trust)
+    (tmp_path / "run/summary.json").unlink()
+    path = tmp_path / "run/config.yaml"
+    content = yaml.safe_load(path.read_text())
+    for target in ("ownnet.subprocess.Popen", "ownnet.os.system", "ownnet.none"):
+        content["callbacks"]["more"] = {"_target_": target}
+        path.write_text(yaml.safe_dump(content))
+        assert target in refused("train", "resume=run", trust)
 
 
 def test_the_saved_configuration_names_no_folder(whole):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,10 @@ class Hub(Images):
             raise UsageError(f"data.path must be free of * ? [ ] for a hub set, got {self.path}")
         if not isinstance(self.split, str) or not self.split:
             raise UsageError(f"split must be the name of a split, got {self.split!r}")
+        for start, stop in re.findall(r"\[(-?\d+)%?:(-?\d+)%?\]", self.split):
+            # datasets reads other rows instead.
+            if start.startswith("-") == stop.startswith("-") and int(start) >= int(stop):
+                raise UsageError(f"split must be a part that is not empty, got {self.split}")
         if not isinstance(self.image_column, str):
             raise UsageError(f"image_column must name a column, got {self.image_column!r}")
         if not isinstance(self.label_column, str | None):

@@ -85,7 +85,9 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         raise UsageError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     folder = _folder(cfg)
     with processes() as group:
-        decoder = read_checkpoint(cfg.ckpt, Decoder).to(named_device(cfg.device))
+        trusted = trusted_prefixes(cfg.trust)
+        decoder = read_checkpoint(cfg.ckpt, Decoder, trusted=trusted)
+        decoder = decoder.to(named_device(cfg.device))
         sweep = _read_sweep(cfg, decoder, conf)
         with _held(folder, group):
             results = None

@@ -33,7 +33,7 @@ from rolldiff.hub import checkpoint_content, read_checkpoint
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
 from rolldiff.training.module import LitModel
-from rolldiff.trust import RESUMABLE, escaped, portable, read_run_config
+from rolldiff.trust import RESUMABLE, escaped, portable, read_run_config, trusted_prefixes
 
 __all__ = ["Summary", "resumed_config", "train"]
 
@@ -298,8 +298,13 @@ def _validate(cfg: DictConfig) -> None:
     whole_number(cfg.seed, "seed", minimum=0)
     whole_number(cfg.max_steps, "max_steps", maximum=10**12)
     whole_number(cfg.batch_size, "batch_size", maximum=10**9)
-    if cfg.max_time is not None and not OmegaConf.is_dict(cfg.max_time):
-        duration(cfg.max_time, "max_time")
+    for name in ("data", "lit", "report", "trainer"):
+        if not OmegaConf.is_dict(cfg[name]):
+            raise UsageError(f"{name} must be a dictionary with _target_, got {cfg[name]!r}")
+    for name in ("max_time", "trainer.max_time"):
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not OmegaConf.is_dict(value):
+            duration(value, name)
     # What Lightning and its callbacks compare and count with, without a check of their own.
     for key, minimum in (
         ("trainer.num_sanity_val_steps", -1),
@@ -325,9 +330,10 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     # The weights of a resumed run are read first, and with them the model is the file's, bounded by
     # what the file holds, and not whatever the configuration asks for.
     kind = get_class(cfg.lit._target_).kind
-    model = (
-        {} if start is None or cfg.trust else {"model": read_checkpoint(start.path, kind).train()}
-    )
+    model = {}
+    if start is not None:
+        trusted = trusted_prefixes(cfg.trust)
+        model = {"model": read_checkpoint(start.path, kind, trusted=trusted).train()}
     lit = _instantiate(cfg.lit, **model)
     report = _instantiate(cfg.report)
     report.validate(lit.model)
@@ -341,6 +347,8 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
         callback = _instantiate(part)
         if not isinstance(callback, L.Callback):
             raise UsageError(f"callbacks.{name} must be null or a callback, got {callback!r}")
+        if not callable(getattr(callback, "batch_size_fn", callable)):
+            raise UsageError(f"callbacks.{name}.batch_size_fn must be a function with _target_")
         callbacks.append(callback)
     clock = Clock(cfg.time_limit, folder / LAST)
     callbacks.append(clock)
