@@ -5,9 +5,10 @@ Hydra reads them, which name classes by the paths that users import them from (`
 
 Files may come from somebody else, so reading them runs nothing that they hold. Nothing is unpickled
 but plain containers and tensors. Only the classes in `PUBLIC` are built, none of which does more
-than to hold numbers, and those of other libraries that the caller lists by their names. All names are looked up before anything is built. The configuration is built without memory for weights
-first and compared with the names, shapes and types in the file, so that neither can ask for more
-than the file holds.
+than to hold numbers, and those of other libraries that the caller trusts by name. All names are
+looked up before anything is built. The configuration is built without memory for weights first and
+compared with the names, shapes and types in the file, so that neither can ask for more than the
+file holds.
 
 Files written by earlier versions are read through three tables: `MOVED` (classes), `RENAMED`
 (constructor arguments) and `RENAMED_WEIGHTS`.
