@@ -46,6 +46,7 @@ from rolldiff.evaluation.measure import (
     expected_cost,
     extract_features,
 )
+from rolldiff.evaluation.plots import plot_costs
 from rolldiff.evaluation.report import config_label, pareto_front
 from rolldiff.evaluation.results import SETTINGS, Results, Timings
 from rolldiff.evaluation.sweep import bench, grid, match_cost
@@ -903,3 +904,12 @@ def test_data_must_come_from_somewhere(run, tmp_path):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with pytest.raises(UsageError, match="data must be given"):
         bench(ask(tmp_path, tmp_path / "new"), conf=config_dir())
+
+
+@pytest.mark.parametrize("value", [0.3, 99.0, 100.0, 110.0])
+def test_a_plot_of_a_single_configuration_has_room(value, tmp_path):
+    """matplotlib gives a logarithmic axis with one value just above 100 no height."""
+    record = {"num_groups": 1, "overlap": 0.0, "nfe": value, "tokens": 110, "seconds": value}
+    record["metrics"] = {"fd_pixels": {"mean": value, "std": None}}
+    plot_costs([record], tmp_path / "a.png", metrics=["fd_pixels"], title="", floors={})
+    assert (tmp_path / "a.png").stat().st_size > 0

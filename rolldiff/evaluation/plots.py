@@ -1,6 +1,6 @@
 """Plots of a benchmark: metric against cost, and scheduling matrices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,13 @@ def plot_costs(
     plt.close(figure)
 
 
+def _make_room(set_limits: Callable[[float, float], Any], values: Sequence[int | float]) -> None:
+    """Limits for values that are nearly one, which a logarithmic axis may give no height at all."""
+    low, high = min(values), max(values)
+    if 0 < high < 1.1 * low:
+        set_limits(low / 1.5, high * 1.5)
+
+
 def _curves(panel: Axes, records: Sequence[Record], *, metric: str, cost: str) -> None:
     shapes = sorted({(record["num_groups"], record["overlap"]) for record in records})
     groups = sorted({num_groups for num_groups, _ in shapes})
@@ -91,6 +98,8 @@ def _curves(panel: Axes, records: Sequence[Record], *, metric: str, cost: str) -
         panel.errorbar(x, y, std, fmt="none", ecolor=colour, capsize=2)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    _make_room(panel.set_xlim, [record[cost] for record in records])
+    _make_room(panel.set_ylim, [record["metrics"][metric]["mean"] for record in records])
     for side in (panel.xaxis, panel.yaxis):
         side.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         side.set_major_formatter(ScalarFormatter())
