@@ -44,7 +44,7 @@ def bare_loop(model: Decoder, batch: int, steps: int) -> Callable[[], Tensor]:
     @torch.autocast(device.type, dtype, enabled=cuda)
     def loop() -> Tensor:
         x_t, time = noise, backbone.embed_time(times)
-        context = backbone.prepare(order, torch.zeros_like(order))
+        context = backbone.prepare(order)
         for i in range(steps):
             x_t = x_t - backbone(x_t, time[i : i + 1], context) / steps
         return x_t
@@ -92,11 +92,18 @@ class Pointwise(Backbone):
     def embed_time(self, t: Tensor) -> Tensor:
         return t[..., None]
 
-    def prepare(self, *_: Any) -> None:
+    def prepare(self, *_: Any, grouped: bool = True) -> None:
         return None
 
     def forward(
-        self, x_t: Tensor, time: Tensor, context: None, *, start: int = 0, cache: None = None
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        context: None,
+        *,
+        start: int = 0,
+        mask: Any,
+        cache: None = None,
     ) -> Tensor:
         return self.linear(x_t) + time
 
@@ -111,7 +118,7 @@ def every_token(model: Decoder, num_groups: int, *, batch: int, steps: int) -> C
     @torch.no_grad()
     def decode() -> Tensor:
         noise = torch.randn(batch, num_tokens, layout.token_dim, device=model.device)
-        context = model.backbone.prepare(order, schedule.group.to(model.device))
+        context = model.backbone.prepare(order)
         embed = model.backbone.embed_time
         grid = TimeGrid(schedule, model.noise, model.prediction, embed=embed, like=noise)
         clean, pure = grid.data_end.embedding, grid.noise_end.embedding
@@ -121,7 +128,9 @@ def every_token(model: Decoder, num_groups: int, *, batch: int, steps: int) -> C
             moving = level.embedding.expand(count, size)
             before = clean.expand(span.start, size)
             after = pure.expand(num_tokens - span.stop, size)
-            y = model.backbone(x_t, torch.cat([before, moving, after]), context)
+            block = schedule.blocks(span.start, span.stop)
+            mask = attention_mask(block, block).to(model.device)
+            y = model.backbone(x_t, torch.cat([before, moving, after]), context, mask=mask)
             return to_x_eps(y[:, span], x_t[:, span], level.inverse)
 
         states = sample(denoise, noise, schedule, grid=grid, randn=lambda n: noise[:, :n])

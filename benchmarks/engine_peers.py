@@ -46,7 +46,7 @@ def flow_loop(model: Decoder, steps: int) -> Callable[[], torch.Tensor] | None:
         x_t = torch.randn(1, layout.num_tokens, layout.token_dim)
         scheduler.set_timesteps(steps)
         time = backbone.embed_time(scheduler.sigmas)
-        context = backbone.prepare(order, torch.zeros_like(order))
+        context = backbone.prepare(order)
         for i, t in enumerate(scheduler.timesteps):
             x_t = scheduler.step(backbone(x_t, time[i : i + 1], context), t, x_t).prev_sample
         return x_t

@@ -82,6 +82,9 @@ class DecodeConfig:
         order: the decode order, see `decode_order`.
         solver: the solver.
         guidance: 0 for none; otherwise the `w` of `y + w (y - y_null)`, or a `Guidance`.
+        context_time: the local time at which finished groups are shown to those after them, as
+            `alpha x`. A little of it makes up for what a finished group differs from data, if
+            training has shown it (`context_noise`); the cache stays exact.
 
     Raises:
         UsageError: if a setting is out of range.
@@ -93,6 +96,7 @@ class DecodeConfig:
     order: Order = "top_to_bottom"
     solver: Solver = Euler()
     guidance: float | Guidance = 0.0
+    context_time: float = 0.0
 
     def __post_init__(self) -> None:
         guidance = self.guidance
@@ -106,7 +110,10 @@ class DecodeConfig:
             "order": check_order(self.order),
             "solver": instance(self.solver, Solver, "solver", "a Solver such as Euler()"),
             "guidance": guidance,
+            "context_time": finite_number(self.context_time, "context_time", minimum=0, maximum=1),
         }
+        if plain["context_time"] == 1:
+            raise UsageError("context_time must be below 1, got 1")
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -188,7 +195,6 @@ class Decoder(Pretrained):
     """
 
     orders: Tensor
-    groups: Tensor
 
     def __init__(
         self,
@@ -215,9 +221,8 @@ class Decoder(Pretrained):
             raise UsageError(
                 f"layout must be that of the backbone, got {layout} and a backbone for {theirs}"
             )
-        orders, groups = training.tables(layout.coords)
+        orders, self._groups = training.tables(layout.coords)  # the groups stay on the CPU
         self.register_buffer("orders", orders, persistent=False)
-        self.register_buffer("groups", groups, persistent=False)
         self.config = {
             "layout": layout,
             "backbone": backbone,
@@ -311,8 +316,8 @@ class Decoder(Pretrained):
     ) -> Tensor:
         """The mean squared error in the loss space over the moving tokens.
 
-        Each example draws a group count, an order and local times. A token that is clean (t = 0) or
-        waits (t = 1) is context and carries no loss.
+        Group counts, orders and local times are drawn from the training distribution. Tokens that
+        are shown as clean context carry no loss.
 
         Args:
             image: `[B, C, H, W]`, floating point, in [-1, 1].
@@ -335,20 +340,20 @@ class Decoder(Pretrained):
         x = self.layout.tokens(image).to(self.state_dtype)
         given = self.conditioning.validate(cond, len(x), x.device)
         given = self.conditioning.drop(given, self.training_distribution.drop_cond, generator)
-        order, group, t = self.training_distribution.sample(
-            len(x), (self.orders, self.groups), generator
-        )
-        t = t.to(x.dtype)
+        draw = self.training_distribution.sample(len(x), self._groups, generator)
+        order, t = self.orders[draw.order.to(x.device)], draw.t.to(x)
         x = x.gather(1, order[..., None].expand_as(x))  # [B, N, D] in decode order
         eps = _randn_like(x, generator)
         x_t = self.noise.add_noise(x, eps, t)
-        context = self.backbone.prepare(order, group, given)
-        y = self.backbone(x_t, self.backbone.embed_time(t), context)
+        context = self.backbone.prepare(order, given, grouped=bool(self._groups.any()))
+        mask = draw.mask(x.device) if self.backbone.causal else None
+        y = self.backbone(x_t, self.backbone.embed_time(t), context, mask=mask)
         return denoising_loss(
             y.to(x.dtype),
             x,
             eps,
             t=t,
+            moving=draw.moving(x.device),
             noise=self.noise,
             prediction=self.prediction,
             space=self.loss_space,
@@ -513,11 +518,13 @@ class Decoder(Pretrained):
             like=x_1,
         )
         position = schedule.position.to(x_1)
+        time = torch.full((1,), config.context_time, dtype=torch.float64)
+        shown = grid.level(time) if config.context_time else grid.data_end
         run = DecodeRun(
             decoder=self,
             config=config,
             schedule=schedule,
-            denoiser=Denoiser(self.backbone, grid, guidance, position),
+            denoiser=Denoiser(self.backbone, schedule, grid, guidance, position, shown),
             order=order,
             samples=samples,
             streamed=streamed,
@@ -527,12 +534,14 @@ class Decoder(Pretrained):
             inpainted=None if image is None or mask is None else (image, mask.to(self.device)),
         )
         run.update_condition()
+        # What all moves together from the start to the end is never read again.
+        together = num_known == 0 and schedule.num_steps == schedule.steps
         run.cached = cache and self.backbone.causal
-        if run.cached:
+        if run.cached and not together:
             run.cache = self.backbone.make_cache(
                 run.denoiser.branches * batch, run.context, dtype=autocast or self.dtype
             )
-            run.cached = run.cache is not None or int(schedule.group[-1]) == 0
+            run.cached = run.cache is not None
         return run
 
     def unseen(self, config: DecodeConfig, conditions: Collection[str] | None = None) -> list[str]:
@@ -554,12 +563,15 @@ class Decoder(Pretrained):
         if trained.drop_cond == 1 and conditions:
             phrases.append("cond (trained: drop_cond=1, always without)")
         if config.num_groups not in trained.num_groups:
-            phrases.append(f"num_groups {config.num_groups} (trained: {_list(trained.num_groups)})")
+            counts = sorted(set(trained.num_groups))
+            phrases.append(f"num_groups {config.num_groups} (trained: {_list(counts)})")
         if config.num_groups > 1 and config.order not in trained.orders:
             phrases.append(f"order {config.order} (trained: {_list(trained.orders)})")
-        low, high = trained.times.overlaps
-        if config.num_groups > 1 and not low <= config.overlap <= high:
-            phrases.append(f"overlap {config.overlap:g} (trained: {low:g} to {high:g})")
+        if config.num_groups > 1 and not trained.trains_overlap(config.overlap):
+            phrases.append(f"overlap {config.overlap:g} (trained: {_list(trained.overlap)})")
+        if config.context_time > trained.context_noise:
+            context = f"context_noise={trained.context_noise:g}"
+            phrases.append(f"context_time {config.context_time:g} (trained: {context})")
         return phrases
 
     def compile(self, *, mode: str | None = None) -> None:
@@ -736,10 +748,14 @@ class DecodeRun:
             self.cache.commit(span.start)
         return estimate
 
-    def _evaluate(self, x_t: Tensor, level: NoiseLevel, span: slice) -> Estimate:
+    def _evaluate(
+        self, x_t: Tensor, level: NoiseLevel, span: slice, *, started: int | None = None
+    ) -> Estimate:
         shown = self.denoiser.shown(span, 0 if self.cache is None else self.cache.length)
         self.counter.add((shown.stop - shown.start) * self.denoiser.branches)
-        return self.denoiser(x_t, level, span, context=self.context, cache=self.cache)
+        return self.denoiser(
+            x_t, level, span, context=self.context, cache=self.cache, started=started
+        )
 
     def _await(self, count: int) -> None:
         """Wait for what the first `count` tokens depend on."""
@@ -753,8 +769,8 @@ class DecodeRun:
         if self.denoiser.branches == 2:
             values = concat(values, self.streamed.null)
         with torch.no_grad(), torch.autocast(self.order.device.type, enabled=False):
-            group = self.schedule.group.to(self.order.device)
-            self.context = self.denoiser.backbone.prepare(self.order, group, values)
+            grouped = self.schedule.num_groups > 1 or self.schedule.num_known > 0
+            self.context = self.denoiser.backbone.prepare(self.order, values, grouped=grouped)
 
     def preview(self, state: State, *, waiting: bool) -> Float[Tensor, "B C H W"]:
         """Finished tokens as they are, the others as `E[x | x_t]`.
@@ -770,7 +786,8 @@ class DecodeRun:
             level = self.denoiser.grid.at(groups, schedule.steps_done(state.step, groups))
             x = x.clone()
             with self.autocast_context():
-                x[:, done:] = self._evaluate(state.x_t, level, slice(done, num_tokens)).x
+                span = slice(done, num_tokens)
+                x[:, done:] = self._evaluate(state.x_t, level, span, started=state.started).x
         return self.image(torch.cat([state.x_t[:, :done], x[:, done:]], dim=1))
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:

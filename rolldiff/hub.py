@@ -11,7 +11,8 @@ compared with the names, shapes and types in the file, so that neither can ask f
 file holds.
 
 Files written by earlier versions are read through three tables: `MOVED` (classes), `RENAMED`
-(constructor arguments) and `RENAMED_WEIGHTS`.
+(constructor arguments) and `RENAMED_WEIGHTS`. Their training showed moving groups that did not see
+later ones, so they count as trained for overlap 0 alone, where that makes no difference.
 """
 
 import dataclasses
@@ -78,12 +79,7 @@ PUBLIC = {
     "rolldiff.Euler": "rolldiff.diffusion.sampler.Euler",
     "rolldiff.Heun": "rolldiff.diffusion.sampler.Heun",
     "rolldiff.Midpoint": "rolldiff.diffusion.sampler.Midpoint",
-    "rolldiff.timesteps.CleanContext": "rolldiff.diffusion.timesteps.CleanContext",
-    "rolldiff.timesteps.Independent": "rolldiff.diffusion.timesteps.Independent",
     "rolldiff.timesteps.LogitNormal": "rolldiff.diffusion.timesteps.LogitNormal",
-    "rolldiff.timesteps.Mixture": "rolldiff.diffusion.timesteps.Mixture",
-    "rolldiff.timesteps.OnSchedule": "rolldiff.diffusion.timesteps.OnSchedule",
-    "rolldiff.timesteps.Shared": "rolldiff.diffusion.timesteps.Shared",
     "rolldiff.timesteps.Uniform": "rolldiff.diffusion.timesteps.Uniform",
     "rolldiff.tokenizer.Encoder": "rolldiff.tokenizer.tokenizer.Encoder",
     "rolldiff.tokenizer.Prior": "rolldiff.tokenizer.prior.Prior",
@@ -112,13 +108,6 @@ MOVED = {
     "rolldiff.noise.Cosine": "rolldiff.Cosine",
     "rolldiff.noise.Rectified": "rolldiff.Rectified",
     "rolldiff.prior.Prior": "rolldiff.tokenizer.Prior",
-    "rolldiff.times.CleanContext": "rolldiff.timesteps.CleanContext",
-    "rolldiff.times.Independent": "rolldiff.timesteps.Independent",
-    "rolldiff.times.LogitNormal": "rolldiff.timesteps.LogitNormal",
-    "rolldiff.times.Mixture": "rolldiff.timesteps.Mixture",
-    "rolldiff.times.OnSchedule": "rolldiff.timesteps.OnSchedule",
-    "rolldiff.times.Shared": "rolldiff.timesteps.Shared",
-    "rolldiff.times.Uniform": "rolldiff.timesteps.Uniform",
     "rolldiff.training.Training": "rolldiff.TrainingDistribution",
 }
 
@@ -127,8 +116,6 @@ RENAMED = {
     "rolldiff.TokenGrid": {"codes": "codebook_size"},
     "rolldiff.TokenSequence": {"codes": "codebook_size"},
     "rolldiff.Transformer": {"recompute": "gradient_checkpointing"},
-    "rolldiff.timesteps.Mixture": {"laws": "samplers"},
-    "rolldiff.timesteps.OnSchedule": {"least": "min_overlap", "most": "max_overlap"},
     "rolldiff.tokenizer.Prior": {"codes": "codebook_size"},
 }
 
@@ -189,6 +176,23 @@ def describe(part: Any) -> Any:
     return {"_target_": target} | {name: describe(value) for name, value in arguments.items()}
 
 
+def upgrade_config(config: Any) -> Any:
+    """A configuration of an earlier version without the laws of times that there were.
+
+    Under those laws, the argument `times` of the training distribution, no moving group saw a later
+    one. At overlap 0 that is the rule of today, and the checkpoint was not trained for any other.
+    """
+    if isinstance(config, list):
+        return [upgrade_config(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    target = str(config.get("_target_"))
+    is_training = MOVED.get(target, target) == "rolldiff.TrainingDistribution"
+    if is_training and "times" in config and "overlap" not in config:
+        config = {n: value for n, value in config.items() if n != "times"} | {"overlap": [0.0]}
+    return {name: upgrade_config(value) for name, value in config.items()}
+
+
 def build(config: Any, *, trusted: Collection[str] = ()) -> Any:
     """The part that a description stands for; lists become tuples.
 
@@ -201,7 +205,8 @@ def build(config: Any, *, trusted: Collection[str] = ()) -> Any:
         UsageError: if it holds other than plain values, or names any other class, before anything
             is built; or if it does not fit what it names.
     """
-    return _built(config, _classes(config, trusted))
+    classes = _classes(config, trusted)
+    return _built(upgrade_config(config), classes)
 
 
 def _classes(config: Any, trusted: Collection[str]) -> dict[str, type]:
@@ -211,7 +216,9 @@ def _classes(config: Any, trusted: Collection[str]) -> dict[str, type]:
     for name in names:
         instance(name, str, "each of trusted", "a dotted name")
     check_plain(config)
-    return {str(target): _resolve(str(target), names) for target in _targets(config)}
+    return {
+        str(target): _resolve(str(target), names) for target in _targets(upgrade_config(config))
+    }
 
 
 def check_plain(config: Any, source: str = "config") -> None:
@@ -368,7 +375,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         described = classes[str(config.get("_target_"))]
         if not issubclass(described, cls):
             raise UsageError(f"config must describe a {cls.__name__}, got a {described.__name__}")
-        return _built(config, classes)
+        return _built(upgrade_config(config), classes)
 
     def save_pretrained(
         self, folder: str | Path, *, config: Any = None, model_card_kwargs: Any = None

@@ -3,13 +3,15 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rolldiff import GroupSchedule
+from rolldiff import Conditioning, Decoder, GroupSchedule, Patches, Rectified, Training
 from rolldiff.diffusion.process import Estimate, NoiseSchedule
 from rolldiff.diffusion.sampler import NoiseLevel, Solver, TimeGrid, sample
+from rolldiff.nn.denoiser import Backbone
 
 
 def natural_covariance(side: int, power: float = 2.0) -> Tensor:
@@ -108,3 +110,94 @@ def run(
         randn=randn or (lambda n: torch.randn(len(x_1), n, x_1.shape[2], dtype=x_1.dtype)),
     )
     return deque(states, maxlen=1).pop()
+
+
+class Call(NamedTuple):
+    """What a backbone was given: whom each shown token may see, and the times of all of those."""
+
+    sees: Tensor  # [n, m]
+    t: Tensor  # [m]
+    order: Tensor  # [m], raster index
+    mask: Tensor | None
+
+
+class Shown:
+    """The cache of a `MaskedGaussian`: what it was shown."""
+
+    def __init__(self, batch: int, num_tokens: int) -> None:
+        self.length = 0
+        self.x_t = torch.zeros(batch, num_tokens, dtype=torch.float64)
+        self.t = torch.zeros(num_tokens, dtype=torch.float64)
+
+    def commit(self, length: int) -> None:
+        self.length = length
+
+
+class MaskedGaussian(Backbone):
+    """`E[x | the tokens that the mask of the call allows]` for `x ~ N(0, covariance)`.
+
+    The best that a network can do under the decoder's own masks and cache. It keeps its `calls`.
+    """
+
+    causal = True
+
+    def __init__(self, covariance: Tensor, noise: NoiseSchedule) -> None:
+        super().__init__()
+        self.covariance, self.noise = covariance, noise
+        self.conditioning = Conditioning.of(None)
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.calls: list[Call] = []
+
+    def prepare(self, order, cond=None, *, grouped=True):
+        return order
+
+    def embed_time(self, t):
+        return t[..., None]
+
+    def make_cache(self, batch, context, *, dtype=None):
+        return Shown(batch, len(context))
+
+    def forward(self, x_t, time, context, *, start=0, mask=None, cache=None):
+        n, m = x_t.shape[1], start + x_t.shape[1]
+        x, t = x_t[..., 0], time[:, 0].expand(n)
+        if cache is not None:
+            cache.x_t[:, start:m], cache.t[start:m] = x, t
+            x, t = cache.x_t[:, :m], cache.t[:m]
+        assert x.shape[1] == m, "keys that were neither shown nor kept"
+        sees = torch.ones(n, m, dtype=torch.bool) if mask is None else mask == 0
+        self.calls.append(Call(sees, t.clone(), context[:m], mask))
+        covariance = self.covariance[context[:m]][:, context[:m]]
+        y = torch.zeros(len(x), n, dtype=x.dtype)
+        for row in sees.unique(dim=0):
+            alpha, sigma = self.noise.alpha(t[row]), self.noise.sigma(t[row])
+            mixed = alpha[:, None] * covariance[row][:, row] * alpha + torch.diag(sigma**2)
+            here = (sees == row).all(1)
+            to_x = covariance[start:m][here][:, row] * alpha
+            y[:, here] = x[:, row] @ torch.linalg.solve(mixed, to_x.T)
+        return y[..., None]
+
+
+def masked_decoder(covariance: Tensor, noise: NoiseSchedule = Rectified()) -> Decoder:
+    """A decoder of one channel and one pixel per token around a `MaskedGaussian`."""
+    side = round(len(covariance) ** 0.5)
+    size = (side, side) if side**2 == len(covariance) else (1, len(covariance))
+    layout = Patches(size, channels=1, patch=1)
+    counts = tuple(range(1, len(covariance) + 1))
+    training = Training(counts, orders=("top_to_bottom", "random:0", "centre_out"))
+    return Decoder(layout, MaskedGaussian(covariance, noise), noise=noise, training=training)
+
+
+def covariance_of(decoder: Decoder, **settings) -> Tensor:
+    """The covariance of the images of a decoder that is linear in its noise."""
+    size = decoder.layout.num_tokens
+    noise = torch.eye(size, dtype=torch.float64).view(size, *decoder.layout.image_shape)
+    made = decoder.decode(noise=noise, **settings).image.flatten(1)
+    return made.T @ made
+
+
+def squared_frechet(a: Tensor, b: Tensor) -> float:
+    """Between centred Gaussians: `tr(a + b - 2 (a^(1/2) b a^(1/2))^(1/2))`."""
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    middle = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt()
+    return float(a.trace() + b.trace() - 2 * middle.sum())

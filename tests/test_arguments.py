@@ -26,7 +26,7 @@ from rolldiff import (
 )
 from rolldiff.device import named_device, named_dtype
 from rolldiff.diffusion.process import PerSampleNoise
-from rolldiff.diffusion.timesteps import Independent, LogitNormal, Mixture, OnSchedule, Shared
+from rolldiff.diffusion.timesteps import LogitNormal
 from rolldiff.editing import group_mask, invert, row_mask
 from rolldiff.errors import UsageError
 from rolldiff.tokenizer import Encoder, Generation, Prior, Tokenizer
@@ -132,8 +132,11 @@ REAL = {
     "mlp_ratio": lambda v: Transformer(Patches(8), mlp_ratio=v),
     "mean": lambda v: LogitNormal(v),
     "std": lambda v: LogitNormal(0.0, v),
-    "max_overlap": lambda v: OnSchedule(0.0, v),
-    "each of weights": lambda v: Mixture((Shared(),), (v,)),
+    "context_time": lambda v: DecodeConfig(context_time=v),
+    "each of overlap": lambda v: Training(overlap=(v,)),
+    "clean_context": lambda v: Training(clean_context=v),
+    "independent": lambda v: Training(independent=v),
+    "context_noise": lambda v: Training(context_noise=v),
     "drop_cond": lambda v: Training(drop_cond=v),
     "dropout": lambda v: Prior(16, 12, dropout=v),
 }
@@ -178,13 +181,19 @@ def test_real_numbers_of_other_libraries(value):
         ("orders", lambda: Training(orders="top_to_bottom")),
         ("orders", lambda: Training(orders=(0, 1, 2))),
         ("orders", lambda: Training(orders=("sideways",))),
-        ("times", lambda: Training(times=Rectified())),
-        ("times", lambda: Training(times=Shared)),
-        ("density", lambda: Independent(Shared())),
-        ("samplers", lambda: Mixture("ab", (1.0, 2.0))),
-        ("samplers", lambda: Mixture((Shared(), "x"), (1.0, 2.0))),
+        ("density", lambda: Training(density=Rectified())),
+        ("density", lambda: Training(density=LogitNormal)),
+        ("overlap", lambda: Training(overlap=0.5)),
+        ("overlap", lambda: Training(overlap="0..1")),
+        ("overlap", lambda: Training(overlap=())),
+        ("overlap", lambda: Training(overlap=("1..0",))),
+        ("overlap", lambda: Training(overlap=("0..2",))),
+        ("overlap", lambda: Training(overlap=("0-1",))),
+        ("overlap", lambda: Training(overlap=("...1",))),
+        ("context_noise", lambda: Training(context_noise=1.0)),
+        ("context_time", lambda: DecodeConfig(context_time=1.0)),
+        ("slices", lambda: Training(slices=0)),
         ("std", lambda: LogitNormal(0.0, 0.0)),
-        ("min_overlap", lambda: OnSchedule(0.5, 0.2)),
         ("solver", lambda: DecodeConfig(solver="euler")),
         ("solver", lambda: DecodeConfig(solver=Euler)),
         ("order", lambda: DecodeConfig(order="sideways")),
@@ -372,7 +381,7 @@ def test_parts_of_a_decoder():
     for wrong in (Patches(8, channels=4), Patches((4, 16), channels=1, patch=2)):
         refused(lambda wrong=wrong: Decoder(wrong, backbone), "layout")
     refused(lambda: Decoder(layout, torch.nn.Linear(2, 2)), "backbone")
-    refused(lambda: Decoder(layout, backbone, noise=Shared()), "noise")
+    refused(lambda: Decoder(layout, backbone, noise=LogitNormal()), "noise")
     refused(lambda: Decoder(layout, backbone, training=None), "training")
     refused(lambda: Decoder(layout, backbone, prediction="score"), "prediction")
     refused(lambda: Decoder(layout, backbone, loss_space=1), "loss_space")

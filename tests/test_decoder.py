@@ -21,7 +21,7 @@ from rolldiff import (
 )
 from rolldiff.diffusion.process import Inverse, inverse, to_x_eps
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.diffusion.timesteps import TimestepSampler
+from rolldiff.diffusion.schedule import attention_mask
 
 LABEL = torch.tensor([3, 1, 4])
 
@@ -71,7 +71,7 @@ def test_one_group_is_ordinary_diffusion_bit_by_bit(make):
     noise = decoder.decode(LABEL, steps=steps, seed=1, solver=_Nothing()).image
     x = decoder.layout.tokens(noise)
     given = decoder.conditioning.validate(LABEL, len(LABEL), decoder.device)
-    context = decoder.backbone.prepare(torch.arange(16), torch.zeros(16, dtype=torch.long), given)
+    context = decoder.backbone.prepare(torch.arange(16), given)
     with torch.no_grad():
         time = decoder.backbone.embed_time(torch.arange(steps, -1, -1) / steps)
         for r in range(steps):
@@ -99,14 +99,15 @@ def test_pixel_autoregression_is_the_chain_rule(make):
     decoder = make(patch=1, num_classes=0, dtype=torch.float64)
     with torch.no_grad():
         order = torch.arange(64)
-        context = decoder.backbone.prepare(order, order)
+        context = decoder.backbone.prepare(order)
+        mask = attention_mask(order, order)
         x, t = torch.randn(1, 64, 1, dtype=torch.float64), torch.rand(64, dtype=torch.float64)
         time = decoder.backbone.embed_time(t)
-        y = decoder.backbone(x, time, context)
+        y = decoder.backbone(x, time, context, mask=mask)
         for pixel in (1, 20, 63):
             moved = x.clone()
             moved[:, pixel] += 1
-            change = (decoder.backbone(moved, time, context) - y)[0, :, 0]
+            change = (decoder.backbone(moved, time, context, mask=mask) - y)[0, :, 0]
             assert (change[:pixel] == 0).all()
             assert (change[pixel:] != 0).all()
     cost = decoder.decode(num_groups=64, steps=2, seed=0).cost
@@ -246,17 +247,15 @@ def test_loss_is_reproducible_and_learns():
     assert loss() < 0.8 * before
 
 
-def test_loss_masks_tokens_that_do_not_move(make):
-    """Clean and waiting tokens carry no loss: with all waiting there is nothing to learn."""
-
-    class Waiting(TimestepSampler):
-        overlaps = (0.0, 1.0)
-
-        def sample(self, num_groups, width, generator=None):
-            return torch.ones(len(num_groups), width)
-
+def test_clean_context_carries_no_loss(make, monkeypatch):
     decoder = make()
-    decoder.training_distribution = Training(times=Waiting())
+    draw = decoder.training_distribution.sample
+
+    def clean(*arguments):
+        drawn = draw(*arguments)
+        return drawn._replace(clean=drawn.clean | True, t=torch.zeros_like(drawn.t))
+
+    monkeypatch.setattr(Training, "sample", lambda self, *arguments: clean(*arguments))
     assert decoder.loss(torch.zeros(2, 1, 8, 8)) == 0
 
 

@@ -29,14 +29,21 @@ def test_a_decoder_decodes_the_same_image():
     output = decoder.decode(
         cond,
         num_groups=4,
-        overlap=0.5,
         steps=3,
         solver=Heun(),
         guidance=Guidance(1.0, ramp_from=0.5),
         seed=3,
     )
     close(output.image, expected["image"])
-    assert decoder.training_distribution.times.samplers[3].max_overlap == 0.5
+
+
+@pytest.mark.parametrize("name", ["decoder", "last.ckpt"])
+def test_overlap_is_beyond_what_it_was_trained_for(name):
+    """Its moving groups did not see later ones, which makes no difference at overlap 0 alone."""
+    decoder = read_checkpoint(LEGACY / name, Decoder)
+    assert decoder.training_distribution.overlap == (0.0,)
+    with pytest.warns(UserWarning, match=r"overlap 0\.5 \(trained: 0\.0\)"):
+        decoder.decode(num_images=1, num_groups=2, overlap=0.5, steps=1)
 
 
 def test_a_tokenizer_gives_the_same_codes_and_image():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rolldiff import ClassLabels, Cosine, Decoder, Patches, Training, Transformer
-from rolldiff.diffusion.timesteps import Independent, LogitNormal, Mixture, Shared
+from rolldiff.diffusion.timesteps import LogitNormal
 from rolldiff.errors import UsageError
 from rolldiff.hub import build, describe, read_checkpoint
 
@@ -50,13 +50,13 @@ def line(error):
 @pytest.fixture
 def decoder():
     layout = Patches((4, 8), channels=3, patch=2)
-    times = Mixture((Shared(), Independent(LogitNormal(-0.5, 2.0))), (1.0, 3.0))
+    density = LogitNormal(-0.5, 2.0)
     return Decoder(
         layout,
         Transformer(layout, width=16, depth=1, heads=2, condition=ClassLabels(4)),
         noise=Cosine(2.0),
         prediction="v",
-        training=Training((1, 2), orders=("cells:2", list(range(8))), times=times),
+        training=Training((1, 2), orders=("cells:2", list(range(8))), density=density),
     )
 
 
@@ -182,7 +182,7 @@ def test_foreign_parts_are_read_only_where_they_are_trusted(tmp_path):
 def test_all_names_are_looked_up_before_anything_is_built(decoder):
     config = decoder.to_config()
     config["backbone"]["_target_"] = f"{__name__}.Foreign"
-    config["training"]["times"]["_target_"] = "os.system"
+    config["training"]["density"]["_target_"] = "os.system"
     built.clear()
     with pytest.raises(ValueError, match=r"got 'os\.system'"):
         Decoder.from_config(config, trusted=[f"{__name__}.Foreign"])
@@ -339,7 +339,7 @@ PLACES = [
     ("noise",),
     ("layout",),
     ("backbone",),
-    ("training", "times"),
+    ("training", "density"),
     ("backbone", "condition"),
     ("layout", "image_size"),
     ("backbone", "depth"),
@@ -450,8 +450,8 @@ class Reduced:
         (("noise", "shift"), "1"),
         (("prediction",), "score"),
         (("prediction",), []),
+        (("training", "density"), {"_target_": "rolldiff.Rectified"}),
         (("training", "times"), {"_target_": "rolldiff.Rectified"}),
-        (("training", "times"), {"_target_": "rolldiff.timesteps.Uniform"}),
         (("training", "num_groups"), 4),
         (("training", "num_groups"), list(range(1, 10**5))),
         (("training", "orders"), "top_to_bottom"),

@@ -224,7 +224,7 @@ def test_one_group_is_the_network_itself(name, patch):
     label = torch.tensor([1, 3])
     order = torch.randperm(layout.num_tokens)
     cond = decoder.conditioning.validate(label, 2, image.device)
-    context = backbone.prepare(order, torch.zeros_like(order), cond)
+    context = backbone.prepare(order, cond, grouped=False)
     t = torch.tensor([0.3])
     with torch.no_grad():
         y = backbone(layout.tokens(image)[:, order], backbone.embed_time(t), context)
@@ -259,7 +259,7 @@ def test_a_time_for_each_token_of_a_dit(patch):
     backbone, layout = decoder.backbone, decoder.layout
     order = torch.randperm(layout.num_tokens)
     group = torch.arange(layout.num_tokens) * 4 // layout.num_tokens
-    context = backbone.prepare(order, group, decoder.conditioning.validate(2, 2, order.device))
+    context = backbone.prepare(order, decoder.conditioning.validate(2, 2, order.device))
     x_t = torch.randn(2, layout.num_tokens, layout.token_dim)
 
     def call(t):
@@ -272,7 +272,6 @@ def test_a_time_for_each_token_of_a_dit(patch):
     torch.testing.assert_close(call(same.expand(2, -1)), call(same[:1]), rtol=1e-4, atol=1e-5)
     each = backbone.prepare(
         order.expand(2, -1),
-        group.expand(2, -1),
         decoder.conditioning.validate(2, 2, order.device),
     )
     mixed = torch.rand(layout.num_tokens)
@@ -415,7 +414,7 @@ def test_networks_that_are_refused():
 @pytest.mark.filterwarnings("ignore:decoding beyond")
 def test_what_a_network_cannot_take():
     decoder = decoder_of(unet(), patch=2, num_groups=(1, 2))
-    with pytest.raises(ValueError, match="num_groups must be 1 for a UNet2DModel.*got 2"):
+    with pytest.raises(ValueError, match="num_groups must be 1 for a UNet2DModel.*got several"):
         decoder.decode(num_groups=2, steps=2)
     coarse = decoder_of(dit(patch_size=2), patch=1, num_groups=(1, 2))
     assert coarse.decode(1, num_images=1, steps=1).image.isfinite().all()

@@ -110,20 +110,21 @@ def test_bad_prediction():
 
 
 def test_the_loss_is_a_mean_over_moving_tokens():
-    t = torch.tensor([[0.0, 0.5, 1.0, 0.25]])
+    t = torch.tensor([[0.1, 0.5, 0.0, 0.25]])
     x, eps, y = torch.randn(3, 1, 4, 2)
     ask = {"prediction": "velocity", "space": "velocity", "noise": Rectified()}
     error = (y - (eps - x)).square().mean(-1)[0]
-    found = denoising_loss(y, x, eps, t=t, **ask)
+    moving = torch.tensor([[False, True, False, True]])
+    found = denoising_loss(y, x, eps, t=t, moving=moving, **ask)
     torch.testing.assert_close(found, (error[1] + error[3]) / 2)
-    assert denoising_loss(y, x, eps, t=t.round(), **ask) == 0
+    assert denoising_loss(y, x, eps, t=t, moving=moving & False, **ask) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weight_is_finite_up_to_the_ends(kind):
     t = torch.tensor([[1e-6, 1 - 1e-6]])
     x, eps, y = torch.randn(3, 1, 2, 2)
-    ask = {"prediction": kind, "space": "velocity", "noise": Rectified()}
+    ask = {"prediction": kind, "space": "velocity", "noise": Rectified(), "moving": t > 0}
     assert denoising_loss(y, x, eps, t=t, **ask) < 1e4
 
 

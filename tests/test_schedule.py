@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from rolldiff import GroupSchedule, Patches
 from rolldiff.diffusion.schedule import decode_order
-from rolldiff.diffusion.timesteps import local_times
 
 COORDS = Patches((4, 6), channels=1).coords
 NAMED = ["top_to_bottom", "bottom_to_top", "left_to_right", "right_to_left", "centre_out"]
@@ -120,16 +119,6 @@ def test_moving_and_steps_done_agree_with_the_matrix(numbers):
     for i, row in enumerate(matrix):
         done = schedule.steps_done(i, range(num_groups))
         assert [(steps - a) / steps for a in done] == row.tolist()
-
-
-@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 8))
-def test_continuous_time_meets_the_matrix(num_groups, steps, k):
-    overlap = 1 - min(k, steps) / steps
-    matrix = schedule_of(num_groups, overlap, steps).matrix
-    u = torch.linspace(0, 1, len(matrix), dtype=torch.float64)
-    count, o = torch.full((len(u),), num_groups), torch.full_like(u, overlap)
-    t = local_times(u, count, o, width=num_groups)
-    torch.testing.assert_close(t, matrix, rtol=0, atol=1e-12)
 
 
 def test_special_cases():

@@ -1,4 +1,4 @@
-"""Block-causal means it."""
+"""A token sees what its mask allows, and nothing else."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, GroupSchedule, Patches, TokenSequence, Transformer
+from rolldiff.diffusion.schedule import attention_mask
 from rolldiff.nn.transformer import ColumnLinear
 
 
@@ -24,36 +25,43 @@ def group_of(num_groups):
     return GroupSchedule(num_tokens=16, num_groups=num_groups).group
 
 
-def prepared(net, num_groups):
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    return net.prepare(order, group_of(num_groups))
+def prepared(net):
+    return net.prepare(torch.randperm(16, generator=torch.Generator().manual_seed(1)))
+
+
+def mask_of(num_groups):
+    return attention_mask(group_of(num_groups), group_of(num_groups))
 
 
 @run_settings(max_examples=30)
-@given(st.integers(1, 16), st.integers(0, 15), st.booleans())
-def test_a_later_token_changes_no_earlier_group(num_groups, token, batched):
-    net, group = network(), group_of(num_groups)
-    order, many = torch.arange(16), group
-    if batched:  # the path of training: a mask for each example
-        order, many = order.expand(2, 16), group.expand(2, 16)
-    context = net.prepare(order, many)
-    x = torch.randn(2, 16, 1, dtype=torch.float64)
-    t = torch.rand(2, 16, dtype=torch.float64)
-    y = net(x, net.embed_time(t), context)
+@given(st.integers(1, 16), st.integers(0, 15), st.sampled_from([None, 1, 2, 4]))
+def test_a_later_token_changes_no_earlier_group(num_groups, token, slices):
+    net, group, mask = network(), group_of(num_groups), mask_of(num_groups)
+    order = torch.arange(16)
+    if slices:  # the path of training: a mask for each part of the batch
+        order, mask = order.expand(4, 16), mask.expand(slices, 16, 16)
+    context = net.prepare(order)
+    x = torch.randn(4, 16, 1, dtype=torch.float64)
+    t = torch.rand(4, 16, dtype=torch.float64)
+    y = net(x, net.embed_time(t), context, mask=mask)
     x[:, token] += 1
     t[:, token] = 0.5
-    moved = (net(x, net.embed_time(t), context) - y).abs().amax((0, 2)) > 0
+    moved = (net(x, net.embed_time(t), context, mask=mask) - y).abs().amax((0, 2)) > 0
     assert not moved[group < group[token]].any()
     assert moved[group >= group[token]].all(), "those that may see it do"
 
 
 @pytest.mark.parametrize("num_groups", [2, 5, 16])
 def test_the_gradient_to_later_groups_is_zero(num_groups):
-    net, group = network(), group_of(num_groups)
-    context = prepared(net, num_groups)
+    net, group, mask = network(), group_of(num_groups), mask_of(num_groups)
+    context = prepared(net)
     t = torch.rand(16, dtype=torch.float64)
     x = torch.randn(1, 16, 1, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, net.embed_time(t), context), x)
+
+    def call(x):
+        return net(x, net.embed_time(t), context, mask=mask)
+
+    jacobian = torch.autograd.functional.jacobian(call, x)
     reached = jacobian[0, :, 0, 0, :, 0] != 0
     assert torch.equal(reached, group[:, None] >= group[None])
 
@@ -61,20 +69,22 @@ def test_the_gradient_to_later_groups_is_zero(num_groups):
 def test_bidirectional_sees_all():
     net = network(causal=False)
     x = torch.randn(1, 16, 1, dtype=torch.float64, requires_grad=True)
-    net(x, net.embed_time(torch.rand(16).double()), prepared(net, 4))[0, 0].sum().backward()
+    t = torch.rand(16, dtype=torch.float64)
+    net(x, net.embed_time(t), prepared(net), mask=mask_of(4))[0, 0].sum().backward()
     assert (x.grad != 0).all()
-    assert net.make_cache(1, prepared(net, 4)) is None
+    assert net.make_cache(1, prepared(net)) is None
 
 
 def test_a_span_with_the_cache_equals_the_whole():
-    net = network()
+    net, mask = network(), mask_of(4)
     x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
-    whole = net(x, net.embed_time(t), prepared(net, 4))
-    context = prepared(net, 4)
+    context = prepared(net)
+    whole = net(x, net.embed_time(t), context, mask=mask)
     cache = net.make_cache(3, context)
     parts = []
     for a, b in [(0, 4), (4, 12), (12, 16)]:
-        parts.append(net(x[:, a:b], net.embed_time(t[a:b]), context, start=a, cache=cache))
+        time, here = net.embed_time(t[a:b]), mask[a:b, :b]
+        parts.append(net(x[:, a:b], time, context, start=a, mask=here, cache=cache))
         cache.commit(b)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
 
@@ -82,27 +92,23 @@ def test_a_span_with_the_cache_equals_the_whole():
 def test_the_cache_is_as_large_as_documented():
     net = network()
     depth, width = 2, 16
-    kept = sum(
-        part.numel() for layer in net.make_cache(3, prepared(net, 4)).layers for part in layer
-    )
+    kept = sum(part.numel() for layer in net.make_cache(3, prepared(net)).layers for part in layer)
     assert kept == 2 * depth * 16 * width * 3
-    assert net.make_cache(3, prepared(net, 1)) is None, "a single group is never read again"
 
 
 def test_places_follow_the_order():
     """The same tokens in another order, all in one group, give the same outputs."""
     net = network()
     x, t = torch.randn(1, 16, 1, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
-    one = group_of(1)
     order = torch.randperm(16)
-    y = net(x, net.embed_time(t), net.prepare(torch.arange(16), one))
-    shuffled = net(x[:, order], net.embed_time(t[order]), net.prepare(order, one))
+    y = net(x, net.embed_time(t), net.prepare(torch.arange(16)))
+    shuffled = net(x[:, order], net.embed_time(t[order]), net.prepare(order))
     torch.testing.assert_close(shuffled, y[:, order])
 
 
 def test_places_are_rotations():
     """The product of a query and a key depends on how far apart they are, not on where."""
-    context = network().prepare(torch.arange(16), group_of(1))
+    context = network().prepare(torch.arange(16))
     q, k = torch.randn(2, 8)
 
     def turned(x, place):
@@ -117,9 +123,9 @@ def test_places_are_rotations():
 
 def test_labels_and_times_matter():
     net = network(condition=ClassLabels(3))
-    x, one = torch.randn(2, 16, 1, dtype=torch.float64), group_of(1)
+    x = torch.randn(2, 16, 1, dtype=torch.float64)
     labels = net.conditioning.validate([0, 1], 2, torch.device("cpu"))
-    context = net.prepare(torch.arange(16), one, labels)
+    context = net.prepare(torch.arange(16), labels)
     t = torch.full((16,), 0.5, dtype=torch.float64)
     y = net(x[:1].expand(2, -1, -1), net.embed_time(t), context)
     assert not torch.allclose(y[0], y[1])
@@ -159,23 +165,25 @@ def test_only_plain_layers_are_copied(make):
     assert copied.attn.qk_scale is block.attn.qk_scale
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_an_example_with_its_own_order_is_as_alone(causal):
-    """A batch of different orders and groups, as in training, against each example by itself."""
+def test_an_example_with_its_own_order_is_as_alone(causal, slices):
+    """A batch of different orders, in parts with a mask each, against each example by itself."""
     net = network(causal=causal)
-    orders = torch.stack([torch.randperm(16), torch.arange(16), torch.arange(16).flip(0)])
-    groups = torch.stack([group_of(g) for g in (1, 4, 16)])
-    x, t = torch.randn(3, 16, 1, dtype=torch.float64), torch.rand(3, 16, dtype=torch.float64)
-    together = net(x, net.embed_time(t), net.prepare(orders, groups))
-    for i in range(3):
-        alone = net(x[i : i + 1], net.embed_time(t[i]), net.prepare(orders[i], groups[i]))
+    orders = torch.stack([torch.randperm(16), torch.arange(16), torch.arange(16).flip(0)] * 2)[:4]
+    masks = torch.stack([mask_of(g) for g in (4, 1, 16, 2)])[:slices]
+    x, t = torch.randn(4, 16, 1, dtype=torch.float64), torch.rand(4, 16, dtype=torch.float64)
+    together = net(x, net.embed_time(t), net.prepare(orders), mask=masks)
+    for i in range(4):
+        mask = masks[i * slices // 4]
+        alone = net(x[i : i + 1], net.embed_time(t[i]), net.prepare(orders[i]), mask=mask)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
 def test_a_call_has_no_effect_but_its_scratch_memory():
     """The same call twice gives the same output, and only `commit` moves the cache."""
     net = network()
-    context = prepared(net, 4)
+    context = prepared(net)
     cache = net.make_cache(1, context)
     x, t = torch.randn(1, 8, 1, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     first = net(x, net.embed_time(t), context, cache=cache)

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rolldiff.errors import UsageError, finite_number, shown, whole_number
@@ -232,18 +232,18 @@ def denoising_loss(
     eps: Float[Tensor, "B N D"],
     *,
     t: Float[Tensor, "B N"],
+    moving: Bool[Tensor, "B N"],
     noise: NoiseSchedule,
     prediction: Prediction,
     space: Prediction,
 ) -> Float[Tensor, ""]:
     """The mean squared error of a prediction over the moving tokens, in a given space.
 
-    Clean tokens (t = 0) and waiting tokens (t = 1) are context and carry no loss.
+    All other tokens are context and carry no loss.
     """
     a, b = (c[..., None] for c in coefficients(prediction, noise, t))
     error = (y - (a * x + b * eps)).square().mean(-1)
     weight = loss_weight(prediction, noise, t.clamp(T_CLIP, 1 - T_CLIP), space=space)
-    moving = (t > 0) & (t < 1)
     return (weight * error).where(moving, 0.0).sum() / moving.sum().clamp(min=1)
 
 

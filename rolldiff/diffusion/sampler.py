@@ -51,6 +51,7 @@ class NoiseLevel(NamedTuple):
     rates: Float[Tensor, "2 n 1"]  # alpha' and sigma'
     inverse: Inverse  # of the prediction, each part [2, 1, n, 1]
     embedding: Float[Tensor, "n E"]  # the network's embedding of t
+    finished: int = 0  # leading tokens of a grid level whose time is 0
 
     def velocity(self, estimate: Estimate) -> Tensor:
         """`dx_t/dt = alpha' x + sigma' eps`."""
@@ -91,6 +92,7 @@ class TimeGrid:
         # Whole numbers until the division, and float64 until the last, so that the ends are exact.
         self._grid = self.level(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
         self._single = [_rows(self._grid, slice(a, a + 1)) for a in range(steps + 1)]
+        self._single[-1] = self._single[-1]._replace(finished=schedule.num_tokens)
         self._mixed: dict[tuple[int, ...], NoiseLevel] = {}
 
     @property
@@ -104,7 +106,7 @@ class TimeGrid:
         return self._single[-1]
 
     def level(self, t: Float[Tensor, " n"]) -> NoiseLevel:
-        """The noise level of any local times, on the grid or off it."""
+        """The noise level of any local times above 0, on the grid or off it."""
         alpha, sigma, rates = self.noise.alpha(t), self.noise.sigma(t), self.noise.rates(t)
         solution = inverse(self.prediction, self.noise, t[None, :, None])
         like = self.like
@@ -133,12 +135,16 @@ class TimeGrid:
             index = torch.tensor(steps_done).repeat_interleave(torch.tensor(sizes))
             if len(self._mixed) == CACHED_LEVELS:
                 self._mixed.clear()
-            level = self._mixed[key] = _rows(self._grid, index.to(self.like.device))
+            level = _rows(self._grid, index.to(self.like.device))
+            # Earlier groups are ahead, so those at the end are the first.
+            ended = zip(sizes, steps_done, strict=True)
+            finished = sum(size for size, done in ended if done == len(self._single) - 1)
+            level = self._mixed[key] = level._replace(finished=finished)
         return level
 
 
 def _rows(level: NoiseLevel, index: slice | Tensor) -> NoiseLevel:
-    t, alpha, sigma, rates, solution, embedding = level
+    t, alpha, sigma, rates, solution, embedding, _ = level
     return NoiseLevel(
         t[index],
         alpha[index],

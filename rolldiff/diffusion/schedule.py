@@ -15,6 +15,17 @@ autoregressive), and in between a window of about `S / k` groups rolls over the 
 
 In other systems: Diffusion Forcing's `uncertainty_scale` and AR-Diffusion's `ar_step` are `k`;
 Rolling Diffusion's window `W` is `S / k`; Groupwise Diffusion, ACDiT and xAR have `k = S`.
+
+Who may see whom. The velocity of the tokens preserves the distribution if each moving token is
+given all finished and all moving tokens (waiting tokens are noise and tell nothing). So
+
+    a finished token sees the finished tokens of its own and earlier groups,
+    a moving token sees all finished and all moving tokens,
+    a waiting token is never shown.
+
+A token is finished as soon as its own time is 0. Finished tokens never see moving ones, so what the
+network has computed for them stays as it is, at every overlap. All of this is one number per token,
+its *block*: a token sees the tokens whose block is not after its own.
 """
 
 from collections.abc import Sequence
@@ -28,7 +39,15 @@ from torch import Tensor
 
 from rolldiff.errors import UsageError, finite_number, shown, whole_number, whole_numbers
 
-__all__ = ["MAX_STEPS", "ORDERS", "GroupSchedule", "Order", "check_order", "decode_order"]
+__all__ = [
+    "MAX_STEPS",
+    "ORDERS",
+    "GroupSchedule",
+    "Order",
+    "attention_mask",
+    "check_order",
+    "decode_order",
+]
 
 Order = str | Sequence[int]
 
@@ -226,6 +245,19 @@ class GroupSchedule:
         """The tokens of consecutive groups."""
         return slice(self.ends[groups.start], self.ends[groups.stop])
 
+    def blocks(self, finished: int, started: int) -> Int[Tensor, " N"]:
+        """The block of each token: its group if it is finished, and one for all that move.
+
+        Args:
+            finished: leading tokens at time 0.
+            started: leading tokens that are finished or moving; those after them form a last block,
+                which sees everything and is seen by none, for previews.
+        """
+        block = self.group.clone()
+        block[finished:] = self.num_groups + 1
+        block[started:] = self.num_groups + 2
+        return block
+
     @property
     def matrix(self) -> Float[Tensor, "rows G"]:
         """The scheduling matrix, `[R + 1, G]`, in float64: from all ones to all zeros."""
@@ -233,3 +265,9 @@ class GroupSchedule:
         done = (i - torch.arange(self.num_groups, device="cpu") * self.stagger).clamp(0, self.steps)
         # Whole numbers until the last division, so that the ends are exactly 1 and 0.
         return (self.steps - done).double() / self.steps
+
+
+def attention_mask(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:
+    """0 where a token of block `query` sees one of block `key`, minus infinity elsewhere."""
+    hidden = query[..., :, None] < key[..., None, :]
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)

@@ -1,44 +1,51 @@
-"""Local times for training: one per group, drawn by one of several samplers or a mixture of them.
+"""What training shows: group counts, orders, windows of groups and local times.
 
-A sampler draws `[B, G]` times for examples with `num_groups` groups each. The state of the context
-matters more than the number of groups (xAR, table 6), and independent times almost never show a
-nearly clean or nearly noisy whole image, so the default is a mixture. All draws are stratified over
-the batch: each of the B strata of (0, 1) holds one number. Times of exactly 0 (clean context) and 1
-(waiting) carry no loss.
+Training shows the states that decoding meets. With a lag of `l = 1 - overlap` between two groups,
+the groups that move at once have the times
+
+    t_i = (i + phi) l < 1,      i = 0, 1, …,      0 <= phi < 1,
+
+so there are `floor(1 / l)` or one more of them, by the phase. An image is cut into consecutive
+*windows* of so many groups. Inside a window all tokens see each other; they also see the windows
+before, which are clean, as in a decoding, or at their own noise level (xAR; Ren et al. 2025). The
+first window is cut short by a random offset, and the last by the end of the image, so that the
+beginning and the end of a decoding are shown too. Overlap 0 is a window per group (block
+autoregression), overlap 1 or a single group one window (ordinary diffusion).
+
+Inside a window the times are those of the schedule, or independent ones (Diffusion Forcing; Chen et
+al. 2024), which show what every schedule meets. All of this is drawn for a few slices of a batch,
+so that the examples of a slice share one attention mask; orders and times are drawn for every
+example and stratified over the batch: each of the B strata of (0, 1) holds one number.
 """
 
-from abc import ABC, abstractmethod
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rolldiff.diffusion.schedule import GroupSchedule, Order, check_order, decode_order
+from rolldiff.diffusion.schedule import (
+    GroupSchedule,
+    Order,
+    attention_mask,
+    check_order,
+    decode_order,
+)
 from rolldiff.errors import (
     UsageError,
     finite_number,
     instance,
     sequence,
+    shown,
     whole_number,
     whole_numbers,
 )
 
-__all__ = [
-    "CleanContext",
-    "GroupTimes",
-    "Independent",
-    "LogitNormal",
-    "Mixture",
-    "OnSchedule",
-    "Shared",
-    "TimestepSampler",
-    "TrainingDistribution",
-    "Uniform",
-    "local_times",
-]
+__all__ = ["Draw", "LogitNormal", "TrainingDistribution", "Uniform"]
 
 
 @dataclass(frozen=True)
@@ -78,178 +85,83 @@ Density = Uniform | LogitNormal
 MAX_SETTINGS, MAX_ENTRIES = 4096, 2**24  # orders or group counts, and numbers in their tables
 
 
-def _check_density(density: object) -> None:
-    instance(density, Density, "density", "Uniform() or LogitNormal()")
-
-
-class TimestepSampler(ABC):
-    """A distribution of group times.
+class Windows(NamedTuple):
+    """How the groups of an image are cut into windows.
 
     Attributes:
-        overlaps: the range of overlaps at which decoding meets the states seen in training.
+        window: the window of each group, from 0 on.
+        position: `i`, of each group in its window.
+        low: of each window, the lowest phase with which it holds so many groups.
+        high: the highest.
     """
 
-    overlaps: tuple[float, float]
+    window: Int[Tensor, " G"]
+    position: Int[Tensor, " G"]
+    low: Float[Tensor, " W"]
+    high: Float[Tensor, " W"]
 
-    @abstractmethod
-    def sample(
-        self,
-        num_groups: Int[Tensor, " B"],
-        width: int,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "B G"]:
-        """Draw times for `width` groups; an example uses its first `num_groups`."""
+    def times(self, u: Float[Tensor, "B W"], lag: float) -> Float[Tensor, "B G"]:
+        """The times of the groups, `(i + phi) l`, or `phi` for a single group.
 
-
-@dataclass(frozen=True)
-class Independent(TimestepSampler):
-    """Every group has its own time (Diffusion Forcing, xAR)."""
-
-    density: Density = Uniform()
-    overlaps = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        _check_density(self.density)
-
-    def sample(
-        self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self.density.quantile(_strata(len(num_groups), width, generator))
+        Args:
+            u: a number in (0, 1) for each window.
+            lag: `l`.
+        """
+        phase = (self.low + (self.high - self.low) * u[:, : len(self.low)])[:, self.window]
+        return phase if len(self.window) == 1 or lag < 1e-6 else (self.position + phase) * lag
 
 
-@dataclass(frozen=True)
-class Shared(TimestepSampler):
-    """All groups share one time, as in ordinary diffusion and at overlap 1."""
+class Draw(NamedTuple):
+    """What training draws for a batch of B examples in M slices; tokens are in decode order.
 
-    density: Density = Uniform()
-    overlaps = (1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        _check_density(self.density)
-
-    def sample(
-        self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        t = self.density.quantile(_strata(len(num_groups), 1, generator))
-        return t.expand(-1, width)
-
-
-@dataclass(frozen=True)
-class CleanContext(TimestepSampler):
-    """The groups before a random one are clean; it and those after it have independent times.
-
-    The random group is in exactly the state that decoding at overlap 0 meets. The groups after it
-    carry a loss too.
+    Attributes:
+        order: the number of the decode order of each example.
+        t: the local times; those of clean context are 0, or its noise.
+        group: the group of each token.
+        window: the window of each token.
+        clean: whether a token is clean context, which carries no loss.
     """
 
-    density: Density = Uniform()
-    overlaps = (0.0, 0.0)
-
-    def __post_init__(self) -> None:
-        _check_density(self.density)
-
-    def sample(
-        self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        u = _strata(len(num_groups), width + 1, generator)
-        first = (u[:, 0] * num_groups).floor()
-        t = self.density.quantile(u[:, 1:])
-        return t.where(torch.arange(width) >= first[:, None], 0.0)
-
-
-@dataclass(frozen=True)
-class OnSchedule(TimestepSampler):
-    """The times of decoding: a uniform fraction of the schedule, at a uniform overlap.
-
-    Args:
-        min_overlap: the smallest overlap drawn.
-        max_overlap: the largest.
-
-    Raises:
-        UsageError: unless `0 <= min_overlap <= max_overlap <= 1`.
-    """
-
-    min_overlap: float = 0.0
-    max_overlap: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("min_overlap", "max_overlap"):
-            overlap = finite_number(getattr(self, name), name, minimum=0, maximum=1)
-            object.__setattr__(self, name, overlap)
-        if self.min_overlap > self.max_overlap:
-            raise UsageError(
-                "min_overlap and max_overlap must keep 0 <= min_overlap <= max_overlap <= 1, got "
-                f"{self.min_overlap}, {self.max_overlap}"
-            )
-        object.__setattr__(self, "overlaps", (self.min_overlap, self.max_overlap))
-
-    def sample(
-        self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        u, v = _strata(len(num_groups), 2, generator).unbind(-1)
-        overlap = self.min_overlap + (self.max_overlap - self.min_overlap) * v
-        return local_times(u, num_groups, overlap, width=width)
-
-
-@dataclass(frozen=True)
-class Mixture(TimestepSampler):
-    """Each example draws its sampler: component `i` with probability `weights[i] / sum(weights)`.
-
-    Raises:
-        UsageError: if the numbers of samplers and weights differ, or a weight is not positive.
-    """
-
-    samplers: Sequence[TimestepSampler]
-    weights: Sequence[float]
-
-    def __post_init__(self) -> None:
-        samplers = sequence(self.samplers, "samplers", "samplers such as Shared()")
-        weights = sequence(self.weights, "weights", "numbers above 0")
-        for sampler in samplers:
-            instance(sampler, TimestepSampler, "each of samplers", "a sampler such as Shared()")
-        numbers = tuple(finite_number(w, "each of weights", minimum=0) for w in weights)
-        if not samplers or len(samplers) != len(numbers):
-            raise UsageError(
-                f"weights must hold one number per sampler, got {len(numbers)} for "
-                f"{len(samplers)} samplers"
-            )
-        if min(numbers) == 0:
-            raise UsageError(f"weights must be above 0, got {numbers}")
-        object.__setattr__(self, "samplers", tuple(samplers))
-        object.__setattr__(self, "weights", numbers)
-        low, high = zip(*(sampler.overlaps for sampler in self.samplers), strict=True)
-        object.__setattr__(self, "overlaps", (min(low), max(high)))
-
-    def sample(
-        self, num_groups: Tensor, width: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        edges = torch.tensor(self.weights).cumsum(0)
-        u = _strata(len(num_groups), 1, generator)[:, 0]
-        choice = torch.searchsorted(edges / edges[-1], u).clamp(max=len(self.samplers) - 1)
-        t = torch.stack([s.sample(num_groups, width, generator) for s in self.samplers])
-        return t[choice, torch.arange(len(num_groups))]
-
-
-MIXTURE = Mixture((Independent(), CleanContext(), Shared(), OnSchedule()), (0.3, 0.4, 0.2, 0.1))
-
-
-class GroupTimes(NamedTuple):
-    """What training draws for a batch; tokens are in decode order."""
-
-    order: Int[Tensor, "B N"]
-    group: Int[Tensor, "B N"]
+    order: Int[Tensor, " B"]
     t: Float[Tensor, "B N"]
+    group: Int[Tensor, "M N"]
+    window: Int[Tensor, "M N"]
+    clean: Bool[Tensor, "M N"]
+
+    def mask(self, device: torch.device) -> Float[Tensor, "M N N"] | None:
+        """Who may see whom, see `GroupSchedule.blocks`; None if all tokens see all.
+
+        Clean groups see clean groups up to their own, and a window sees itself and all before it.
+        """
+        if not self.clean.any() and not self.window.any():
+            return None
+        block = self.group.where(self.clean, self.group.shape[1] + self.window).to(device)
+        return attention_mask(block, block)
+
+    def moving(self, device: torch.device) -> Bool[Tensor, "B N"]:
+        """The tokens that carry a loss."""
+        moving = (~self.clean).to(device)
+        return moving.repeat_interleave(len(self.t) // len(moving), 0)
 
 
 @dataclass(frozen=True)
 class TrainingDistribution:
-    """The settings that one set of weights is trained for; each example draws its own.
+    """The settings that one set of weights is trained for.
 
     Args:
-        num_groups: the group counts, drawn uniformly.
+        num_groups: the group counts, drawn uniformly. One that is listed twice is drawn twice as
+            often.
         orders: the decode orders, drawn uniformly.
-        times: the distribution of the local times.
+        overlap: the overlaps, drawn uniformly from the entries of the list: numbers in [0, 1], and
+            ranges of them such as `0..1`.
+        clean_context: the probability that the windows before a random one are clean context.
+        independent: the probability of independent times in the windows, instead of the schedule's.
+        context_noise: the largest time at which clean context is shown; 0 for none. A decoding
+            shows it so with `context_time`.
+        density: of the times; `LogitNormal` draws some of them more often.
         drop_cond: the probability of dropping the condition, for guidance; in [0, 1].
+        slices: parts of a batch that draw their group count and windows apart; at most so many as
+            divide the batch.
 
     Raises:
         UsageError: if a set is empty or a number is out of range.
@@ -257,8 +169,13 @@ class TrainingDistribution:
 
     num_groups: Sequence[int] = (1,)
     orders: Sequence[Order] = ("top_to_bottom",)
-    times: TimestepSampler = MIXTURE
+    overlap: Sequence[float | str] = (0.0, "0..1")
+    clean_context: float = 0.5
+    independent: float = 0.5
+    context_noise: float = 0.0
+    density: Density = Uniform()
     drop_cond: float = 0.1
+    slices: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_groups", whole_numbers(self.num_groups, "num_groups"))
@@ -274,9 +191,23 @@ class TrainingDistribution:
             )
         plain = tuple(check_order(order, "each of orders") for order in orders)
         object.__setattr__(self, "orders", plain)
-        instance(self.times, TimestepSampler, "times", "a sampler such as Independent()")
-        drop_cond = finite_number(self.drop_cond, "drop_cond", minimum=0, maximum=1)
-        object.__setattr__(self, "drop_cond", drop_cond)
+        overlap = sequence(self.overlap, "overlap", "numbers in [0, 1] and ranges such as 0..1")
+        if not 1 <= len(overlap) <= MAX_SETTINGS:
+            raise UsageError(
+                f"overlap must hold 1 … {MAX_SETTINGS} numbers or ranges, got {len(overlap)}"
+            )
+        object.__setattr__(self, "overlap", tuple(_checked_overlap(entry) for entry in overlap))
+        instance(self.density, Density, "density", "Uniform() or LogitNormal()")
+        for name in ("clean_context", "independent", "context_noise", "drop_cond"):
+            number = finite_number(getattr(self, name), name, minimum=0, maximum=1)
+            object.__setattr__(self, name, number)
+        if self.context_noise == 1:
+            raise UsageError(f"context_noise must be below 1, got {self.context_noise}")
+        object.__setattr__(self, "slices", whole_number(self.slices, "slices"))
+
+    def trains_overlap(self, overlap: float) -> bool:
+        """Whether an overlap is one of those drawn."""
+        return any(low <= overlap <= high for low, high in map(_range, self.overlap))
 
     def tables(
         self, coords: Float[Tensor, "N 3"]
@@ -301,26 +232,95 @@ class TrainingDistribution:
     def sample(
         self,
         batch: int,
-        tables: tuple[Int[Tensor, "orders N"], Int[Tensor, "counts N"]],
+        groups: Int[Tensor, "counts N"],
         generator: torch.Generator | None = None,
-    ) -> GroupTimes:
-        """Draw an order, a group count and local times for each example, on the CPU.
+    ) -> Draw:
+        """Draw everything for a batch, on the CPU.
 
         Args:
             batch: number of examples.
-            tables: what `tables` returned, on any device.
+            groups: for every group count the group of each token, see `tables`; on the CPU.
             generator: a CPU generator; None uses torch's own.
         """
         batch = whole_number(batch, "batch")
-        orders, groups = tables
-        count = torch.randint(len(self.num_groups), (batch,), generator=generator)
+        # The largest number of slices that divides the batch.
+        slices = max(m for m in range(1, min(self.slices, batch) + 1) if batch % m == 0)
+        choice = _strata(slices, 2, generator)
+        counts = (choice[:, 0] * len(self.num_groups)).long().tolist()
+        entries = (choice[:, 1] * len(self.overlap)).long().tolist()
+        u = _strata(batch, max(self.num_groups), generator).chunk(slices)
+        own, noise = _strata(batch, 2, generator)[:, :, None].unbind(1)
+        is_independent = (own < self.independent).chunk(slices)
+        context = (noise * self.context_noise).chunk(slices)
         order = torch.randint(len(self.orders), (batch,), generator=generator)
-        num_groups = torch.tensor(self.num_groups)[count]
-        t = self.times.sample(num_groups, max(self.num_groups), generator)
-        group = groups[count.to(groups.device)]
-        return GroupTimes(
-            orders[order.to(orders.device)], group, t.to(groups.device).gather(1, group)
-        )
+        drawn = []
+        for m in range(slices):
+            v, of_context, place = torch.rand(3, generator=generator).tolist()
+            low, high = _range(self.overlap[entries[m]])
+            lag = 1 - low - (high - low) * v
+            group, num_groups = groups[counts[m]], self.num_groups[counts[m]]
+            windows = cut(num_groups, lag, generator)
+            t = windows.times(u[m], lag)  # [B / M, G]
+            if lag > 0:
+                t = u[m][:, :num_groups].where(is_independent[m], t)
+            t = self.density.quantile(t.clamp(1e-6, 1 - 1e-6))
+            first = int(place * len(windows.low)) if of_context < self.clean_context else 0
+            clean = windows.window < first
+            t = context[m].where(clean, t)
+            drawn.append((t[:, group], group, windows.window[group], clean[group]))
+        times, *tokens = zip(*drawn, strict=True)
+        return Draw(order, torch.cat(times), *map(torch.stack, tokens))
+
+
+def cut(num_groups: int, lag: float, generator: torch.Generator | None = None) -> Windows:
+    """Cut groups into windows of those that move at once.
+
+    Args:
+        num_groups: `G`.
+        lag: `l = 1 - overlap`.
+        generator: a CPU generator; None uses torch's own.
+    """
+    if num_groups == 1 or lag < 1e-6:  # all together, at one time
+        one = torch.zeros(num_groups, dtype=torch.long)
+        return Windows(one, one, torch.zeros(1), torch.ones(1))
+    size = math.floor(1 / lag)
+    larger = 1 / lag - size  # the share of phases with one group more
+    *u, offset = torch.rand(num_groups + 1, generator=generator).tolist()
+    window: list[int] = []
+    position: list[int] = []
+    bounds: list[tuple[float, float]] = []
+    while len(window) < num_groups:
+        has_more = u[len(bounds)] < larger
+        length = size + has_more
+        start = 0 if bounds else int(offset * length)
+        here = range(start, min(length, start + num_groups - len(window)))
+        window += [len(bounds)] * len(here)
+        position += here
+        bounds.append((0.0, larger) if has_more else (larger, 1.0))
+    low, high = torch.tensor(bounds).T
+    return Windows(torch.tensor(window), torch.tensor(position), low, high)
+
+
+def _checked_overlap(entry: object) -> float | str:
+    if not isinstance(entry, str):
+        return finite_number(entry, "each of overlap", minimum=0, maximum=1)
+    if match := re.fullmatch(r"\s*([\d.]+)\s*\.\.\s*([\d.]+)\s*", entry):
+        try:
+            low, high = map(float, match.groups())
+        except ValueError:
+            low, high = 1.0, 0.0
+        if low <= high <= 1:
+            return f"{low:g}..{high:g}"
+    raise UsageError(
+        "each of overlap must be a number in [0, 1] or a range such as 0..1, got " + shown(entry)
+    )
+
+
+def _range(entry: float | str) -> tuple[float, float]:
+    if not isinstance(entry, str):
+        return entry, entry
+    low, _, high = entry.partition("..")
+    return float(low), float(high)
 
 
 def _strata(batch: int, width: int, generator: torch.Generator | None) -> Float[Tensor, "B G"]:
@@ -329,20 +329,3 @@ def _strata(batch: int, width: int, generator: torch.Generator | None) -> Float[
     u = (ranks + torch.rand(batch, width, generator=generator)) / batch
     # Rounding may reach 1, which would turn a moving token into a waiting one.
     return u.clamp(1e-6, 1 - 1e-6)
-
-
-def local_times(
-    u: Float[Tensor, " B"], num_groups: Tensor, overlap: Tensor, *, width: int
-) -> Float[Tensor, "B G"]:
-    """The local times of `width` groups at the fraction `u` of a decoding, in continuous time.
-
-        t_g(u) = clip(1 - (P u - g (1 - o)), 0, 1),      P = 1 + (G - 1)(1 - o)
-
-    for the group `g` of `G = num_groups` and the overlap `o`: the limit of the scheduling matrix
-    for many steps. Groups beyond an example's own `num_groups` wait at time 1.
-    """
-    g = torch.arange(width, device=u.device)
-    lag = (1 - overlap)[:, None]
-    elapsed = u[:, None] * (1 + (num_groups[:, None] - 1) * lag)
-    t = (1 - (elapsed - g * lag)).clamp(0, 1)
-    return t.where(g < num_groups[:, None], 1.0)

@@ -160,21 +160,21 @@ class DiffusersBackbone(Backbone):
     def prepare(
         self,
         order: Int[Tensor, "*B N"],
-        group: Int[Tensor, "*B N"],
         cond: dict[str, Masked] | None = None,
+        *,
+        grouped: bool = True,
     ) -> _Context:
         """See `Backbone.prepare`.
 
         Raises:
-            UsageError: if the network cannot take the times of so many groups.
+            UsageError: if the network cannot take the times of several groups.
         """
-        groups = int(group.max()) + 1
-        if groups > 1 and not self.is_transformer:
+        if grouped and not self.is_transformer:
             raise UsageError(
-                "num_groups must be 1 for a UNet2DModel, which has one time for the whole "
-                f"image, got {groups}"
+                "num_groups must be 1 for a UNet2DModel, which has one time for the whole image, "
+                "got several groups"
             )
-        if groups > 1 and self.layout.patch % self.network.config.patch_size:
+        if grouped and self.layout.patch % self.network.config.patch_size:
             raise UsageError(
                 "patch must be a multiple of the network's patch_size for more than one group, got "
                 f"{self.layout.patch} and {self.network.config.patch_size}"
@@ -187,7 +187,7 @@ class DiffusersBackbone(Backbone):
                     f"all {self.num_classes} rows of the network's embedding are classes; got null"
                 )
             labels = value.where(mask, self.num_classes)
-        return _Context(order, order.argsort(-1), groups > 1, labels)
+        return _Context(order, order.argsort(-1), grouped, labels)
 
     def compile(self, *, mode: str | None = None) -> None:
         """Compile the network's own forward pass in place; a time per token stays eager."""
@@ -204,6 +204,7 @@ class DiffusersBackbone(Backbone):
         context: _Context,
         *,
         start: int = 0,
+        mask: Tensor | None = None,
         cache: None = None,
     ) -> Float[Tensor, "B2 N D"]:
         """See `Backbone.forward`; every call shows all tokens."""

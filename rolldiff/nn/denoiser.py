@@ -1,13 +1,15 @@
 """From a network to posterior means: `Backbone`, `Denoiser` and classifier-free guidance.
 
 A *backbone* is the raw network. `prepare` computes once what stays the same while the times move
-(places, groups, condition), and `embed_time` what the network is shown of a local time. A call then
-takes a span of tokens in decode order, each at its own time. A *denoiser* combines a backbone with
-the noise level of its tokens and returns an `Estimate` of data and noise.
+(places, condition), and `embed_time` what the network is shown of a local time. A call then takes a
+span of tokens in decode order, each at its own time, and a mask that says who may see whom. A
+*denoiser* combines a backbone with the noise level of its tokens and returns an `Estimate` of data
+and noise.
 
-Waiting tokens are pure noise and independent of the data, so a causal backbone is never shown them.
-Finished tokens never change: with a cache each of them is shown once more, in the first call in
-which it is clean, and never again.
+Waiting tokens are pure noise and independent of the data, so a backbone that takes masks is never
+shown them. Finished tokens never change: with a cache each of them is shown once more, in the first
+call in which it is clean, and never again. Only such a call needs a mask, because finished tokens
+do not see moving ones.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from rolldiff.conditioning import Conditioning, Masked
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid
+from rolldiff.diffusion.schedule import GroupSchedule, attention_mask
 from rolldiff.errors import UsageError, finite_number, sequence
 
 __all__ = ["Backbone", "Denoiser", "Guidance"]
@@ -30,8 +33,8 @@ class Backbone(nn.Module, ABC):
     """The interface of a network.
 
     Attributes:
-        causal: whether the output for a group depends on no later group. Only a causal backbone can
-            have an exact cache.
+        causal: whether a token sees no more than its mask allows. Only then can there be an exact
+            cache; other backbones are always shown all tokens.
         conditioning: what the network is conditioned on.
     """
 
@@ -42,16 +45,17 @@ class Backbone(nn.Module, ABC):
     def prepare(
         self,
         order: Int[Tensor, "*B N"],
-        group: Int[Tensor, "*B N"],
         cond: dict[str, Masked] | None = None,
+        *,
+        grouped: bool = True,
     ) -> Any:
         """Everything that stays the same while the times move: the context of the calls.
 
         Args:
             order: the raster index of each token, in decode order.
-            group: the group of each token, in decode order.
             cond: the validated conditions; None is null. Their batch may be a multiple of the batch
                 of tokens (guidance), and every part then sees the same tokens.
+            grouped: whether the tokens of an example may have different times.
         """
 
     @abstractmethod
@@ -66,6 +70,7 @@ class Backbone(nn.Module, ABC):
         context: Any,
         *,
         start: int = 0,
+        mask: Float[Tensor, "*M n m"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "B2 n D"]:
         """The prediction for the tokens `start … start + n - 1`, given those before them.
@@ -75,6 +80,9 @@ class Backbone(nn.Module, ABC):
             time: the embedded time of each token, or a single row if all times are equal.
             context: what `prepare` returned.
             start: position of the first token in decode order.
+            mask: 0 where a token may see one of the `m = start + n` up to the end of the span,
+                minus infinity elsewhere; None if all see all. With a leading axis, one for each of
+                `M` equal parts of the batch.
             cache: what `make_cache` returned. The call writes the keys and values of its tokens at
                 their places, and reads those before; it does not move `cache.length`.
         """
@@ -144,16 +152,20 @@ class Denoiser:
 
     Args:
         backbone: the network.
+        schedule: the groups.
         grid: the noise levels of the decoding.
         guidance: with a scale other than 0 the context holds the condition followed by the null
             condition, and both are evaluated in the same call.
         position: of each token's group in the decode order, in [0, 1].
+        context: the noise level at which finished tokens are shown.
     """
 
     backbone: Backbone
+    schedule: GroupSchedule
     grid: TimeGrid
     guidance: Guidance
     position: Float[Tensor, " N"]
+    context: NoiseLevel
 
     @property
     def branches(self) -> int:
@@ -169,6 +181,21 @@ class Denoiser:
         """
         return slice(cached, span.stop if self.backbone.causal else len(self.position))
 
+    def mask(self, shown: slice, finished: int, started: int) -> Float[Tensor, "n m"] | None:
+        """Who may see whom in a call; None if all see all.
+
+        Args:
+            shown: the tokens of the call.
+            finished: leading tokens at time 0.
+            started: leading tokens that are finished or moving.
+        """
+        if not self.backbone.causal or (finished <= shown.start and started >= shown.stop):
+            return None
+        block = self.schedule.blocks(finished, started)
+        if block[shown.start] == block[shown.stop - 1]:
+            return None
+        return attention_mask(block[shown], block[: shown.stop]).to(self.position.device)
+
     def __call__(
         self,
         x_t: Float[Tensor, "B N D"],
@@ -177,6 +204,7 @@ class Denoiser:
         *,
         context: Any,
         cache: Any = None,
+        started: int | None = None,
     ) -> Estimate:
         """The estimate of the moving tokens.
 
@@ -186,17 +214,23 @@ class Denoiser:
             span: the moving tokens.
             context: what `backbone.prepare` returned.
             cache: what `backbone.make_cache` returned, or None.
+            started: leading tokens that are finished or moving, if the span holds waiting ones too.
         """
         shown = self.shown(span, cache.length if cache is not None else 0)
         before, after = span.start - shown.start, shown.stop - span.stop
         time = level.embedding
         if before or after:
             count, size = span.stop - span.start, time.shape[-1]
-            clean, noise = self.grid.data_end.embedding, self.grid.noise_end.embedding
+            clean, noise = self.context.embedding, self.grid.noise_end.embedding
             time = torch.cat(
                 [clean.expand(before, size), time.expand(count, size), noise.expand(after, size)]
             )
-        y = self.backbone(x_t[:, shown], time, context, start=shown.start, cache=cache)
+        finished = min(span.start + level.finished, span.stop)
+        mask = self.mask(shown, finished, span.stop if started is None else started)
+        x = x_t[:, shown]
+        if before and self.context is not self.grid.data_end:
+            x = torch.cat([self.context.alpha * x[:, :before], x[:, before:]], dim=1)
+        y = self.backbone(x, time, context, start=shown.start, mask=mask, cache=cache)
         if before or after:
             y = y[:, before : y.shape[1] - after]
         if self.branches == 2:

@@ -1,8 +1,8 @@
-"""A transformer with a time per token, block-causal over groups, with an exact cache.
+"""A transformer with a time per token, a mask of who sees whom, and an exact cache.
 
-A token of group g attends to the tokens of groups <= g, each at its own noise level. A finished
-group never changes, so its keys and values, written once while it was clean, are final: caching is
-exact. The cache holds `2 depth N width` numbers per example, allocated once.
+Each token attends to those that the mask of the call allows, each at its own noise level. A
+finished token sees finished tokens alone, so its keys and values, written once while it was clean,
+are final: caching is exact. The cache holds `2 depth N width` numbers per example, allocated once.
 
 The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
 and a small table per layer. Positions are a learned table and two-dimensional rotary angles (Su et
@@ -24,7 +24,7 @@ from rolldiff.diffusion.layout import Layout, check_layout
 from rolldiff.errors import UsageError, boolean, finite_number, whole_number
 from rolldiff.nn.denoiser import Backbone
 
-__all__ = ["Block", "Context", "KVCache", "KVSlot", "Transformer", "causal_mask", "norm"]
+__all__ = ["Block", "Context", "KVCache", "KVSlot", "Transformer", "norm"]
 
 
 MAX_WIDTH, MAX_DEPTH = 2**16, 1000
@@ -100,20 +100,9 @@ class Context(NamedTuple):
 
     pos_embed: Float[Tensor, "*B N width"]
     rope: Float[Tensor, "2 ... N size"]  # cosines and signed sines
-    group: Int[Tensor, "*B N"]
-    group_list: list[int]  # the same on the host; empty if examples differ
     modulation: Float[Tensor, "C 1 mods"]
     tokens: Float[Tensor, "C N width"] | None
     cross: list[CrossKV] | None  # per layer
-    attn_mask: Float[Tensor, "B 1 N N"] | None  # if examples differ
-
-    def mask(self, span: slice) -> Tensor | None:
-        """Who may attend to whom in a span; None if all tokens see all that is before the end."""
-        if self.attn_mask is not None or not self.group_list:
-            return self.attn_mask
-        if self.group_list[span.start] == self.group_list[span.stop - 1]:
-            return None
-        return causal_mask(self.group[span], self.group[: span.stop])
 
 
 class Transformer(Backbone):
@@ -126,8 +115,8 @@ class Transformer(Backbone):
         heads: attention heads.
         mlp_ratio: hidden channels of the MLP, divided by `width`; at most 64.
         condition: what the network is conditioned on; several by name in a dictionary.
-        causal: block-causal attention. False lets every token attend to all tokens, in any order,
-            and rules out a cache.
+        causal: whether masks are followed. False lets every token attend to all tokens, in any
+            order, and rules out a cache.
         gradient_checkpointing: compute each block again in the backward pass instead of keeping its
             activations: less memory, about a third more time.
 
@@ -191,8 +180,9 @@ class Transformer(Backbone):
     def prepare(
         self,
         order: Int[Tensor, "*B N"],
-        group: Int[Tensor, "*B N"],
         cond: dict[str, Masked] | None = None,
+        *,
+        grouped: bool = True,
     ) -> Context:
         """See `Backbone.prepare`."""
         cond = self.conditioning.null(1, order.device) if cond is None else cond
@@ -210,23 +200,19 @@ class Transformer(Backbone):
                 for layer in self.blocks.modules()
                 if isinstance(layer, CrossAttention)
             ]
-        per_example = order.ndim > 1
         return Context(
             pos_embed=self.pos_embed[order],
-            rope=rope[:, :, None] if per_example else rope,  # an axis for the heads
-            group=group,
-            group_list=group.tolist() if self.causal and not per_example else [],
+            rope=rope[:, :, None] if order.ndim > 1 else rope,  # an axis for the heads
             modulation=(embedded.modulation + ones).expand(count, -1)[:, None].contiguous(),
             tokens=None if embedded.tokens is None else _to_decode_order(embedded.tokens, order),
             cross=cross,
-            attn_mask=causal_mask(group, group)[:, None] if self.causal and per_example else None,
         )
 
     def make_cache(
         self, batch: int, context: Context, *, dtype: torch.dtype | None = None
     ) -> KVCache | None:
-        """See `Backbone.make_cache`; a single group is never read again and needs none."""
-        if not context.group_list or context.group_list[-1] == 0:
+        """See `Backbone.make_cache`."""
+        if not self.causal:
             return None
         num_tokens, width = self.pos_embed.shape
         shape = (batch, self.heads, num_tokens, width // self.heads)
@@ -260,6 +246,7 @@ class Transformer(Backbone):
         context: Context,
         *,
         start: int = 0,
+        mask: Float[Tensor, "*M n m"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B2 n D"]:
         """See `Backbone.forward`."""
@@ -276,7 +263,9 @@ class Transformer(Backbone):
             (width, width, 4 * width), dim=-1
         )
         h, modulation = h + shift, modulation.unflatten(-1, (4, width))
-        rope, mask = context.rope[..., span, :], context.mask(span)
+        rope, mask = context.rope[..., span, :], mask if self.causal else None
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, None]  # an axis for the heads
         slots = None if cache is None else cache.slots(span)
         blocks = self.blocks if cache is None or cache.blocks is None else cache.blocks
         for layer, block in enumerate(blocks):
@@ -314,7 +303,7 @@ class Block(nn.Module):
         modulation: Tensor,  # [..., n or 1, 4, width]
         rope: Tensor | None = None,  # [2, ..., n, size]
         *,
-        attn_mask: Tensor | None = None,  # [..., n, m]
+        attn_mask: Tensor | None = None,  # [n, m] or [M, 1, n, m]
         kv: KVSlot | None = None,
         cross: CrossKV | None = None,
     ) -> Tensor:
@@ -354,7 +343,11 @@ class Attention(nn.Module):
         if kv is not None:
             k, v = kv.append(k, v)
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
+        if mask is not None and mask.ndim == 4 and 1 < len(mask) < batch:
+            # Parts of the batch with one mask each: as heads of as many examples.
+            q, k, v = (part.reshape(len(mask), -1, *part.shape[2:]) for part in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = h.reshape(batch, self.heads, n, -1)
         return self.out(h.transpose(1, 2).reshape(batch, n, width))
 
 
@@ -456,12 +449,6 @@ class TimeEmbedding(nn.Module):
 def norm(h: Tensor) -> Tensor:
     """Zero mean and unit variance over the channels."""
     return torch.layer_norm(h, h.shape[-1:])
-
-
-def causal_mask(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:
-    """0 where a query's group is at or after a key's group, minus infinity elsewhere."""
-    hidden = query[..., :, None] < key[..., None, :]
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
 def rotary_angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:

@@ -18,9 +18,10 @@ from rolldiff.conditioning import ClassLabels, Conditioning
 from rolldiff.decoder import check_generator
 from rolldiff.diffusion.layout import MAX_TOKENS
 from rolldiff.diffusion.process import MAX_IMAGES, PerSampleNoise
+from rolldiff.diffusion.schedule import attention_mask
 from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
 from rolldiff.hub import Pretrained
-from rolldiff.nn.transformer import MAX_DEPTH, MAX_WIDTH, Block, KVCache, causal_mask, norm
+from rolldiff.nn.transformer import MAX_DEPTH, MAX_WIDTH, Block, KVCache, norm
 from rolldiff.tokenizer.tokenizer import MAX_CODES, check_codes
 
 __all__ = ["Prior"]
@@ -235,7 +236,7 @@ class Prior(Pretrained):
         h = h + self.pos_embed[span]
         modulation = 1 + self.label(label)[:, None].unflatten(-1, (4, -1))
         index = torch.arange(span.stop, device=h.device)
-        mask = causal_mask(index[span], index) if h.shape[1] > 1 else None
+        mask = attention_mask(index[span], index) if h.shape[1] > 1 else None
         slots = [None] * len(self.blocks) if cache is None else cache.slots(span)
         for block, kv in zip(self.blocks, slots, strict=True):
             h = block(h, modulation, attn_mask=mask, kv=kv)
