@@ -407,6 +407,14 @@ def test_fused_optimizers_do_not_clip_in_half_precision():
         lit.configure_optimizers()
 
 
+def test_the_seconds_are_those_of_the_training(tmp_path):
+    start = time.perf_counter()
+    seconds = train(config(f"run_dir={tmp_path / 'run'}")).seconds
+    assert 0 < seconds < time.perf_counter() - start
+    content = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert seconds == content["callbacks"]["Clock"]["seconds"]
+
+
 def test_the_objective_is_the_smallest_distance(tmp_path):
     summary = train(config(f"run_dir={tmp_path / 'run'}"))
     distances = json.loads((tmp_path / "run/summary.json").read_text())["fd_pixels"]

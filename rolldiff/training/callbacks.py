@@ -148,7 +148,7 @@ class Clock(Callback):
 
     @property
     def seconds(self) -> float:
-        """Seconds since the first training step, without pauses between resumptions."""
+        """Seconds of training, from the first step on, without pauses between resumptions."""
         return self._seconds_before + self._seconds_since_start
 
     @property
@@ -196,7 +196,7 @@ class Clock(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds_before = state_dict["seconds"]
+        self._seconds_before, self._start = state_dict["seconds"], None
         self.images_seen = state_dict["images_seen"]
 
 
