@@ -105,8 +105,23 @@ class Condition(ABC):
         """`S`: (), (height, width) or (length,)."""
 
     @abstractmethod
-    def validate(self, value: Any, batch: int, device: torch.device, *, name: str) -> Masked:
+    def validate(
+        self,
+        value: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        name: str,
+        check_values: bool = True,
+    ) -> Masked:
         """What a user passed, for `batch` examples.
+
+        Args:
+            value: what it is.
+            batch: number of examples.
+            device: where it is needed.
+            name: what the user calls it.
+            check_values: whether its values are read, for which an accelerator has to be waited.
 
         Raises:
             UsageError: if its shape, type or range is wrong.
@@ -184,9 +199,10 @@ class ClassLabels(Condition):
         device: torch.device,
         *,
         name: str = "cond",
+        check_values: bool = True,
     ) -> Masked:
-        value = self._numbers(value, name)
-        label = _indices(_as_tensor(value, device, name), self.num_classes, name)
+        value = _as_tensor(self._numbers(value, name), device, name)
+        label = _indices(value, self.num_classes, name, check_values=check_values)
         return _present(label.expand(batch) if label.ndim == 0 else label, (batch,), name=name)
 
     def null(self, batch: int, device: torch.device) -> Masked:
@@ -263,9 +279,16 @@ class TokenGrid(Condition):
         return (self.height, self.width)
 
     def validate(
-        self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
+        self,
+        value: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        name: str = "cond",
+        check_values: bool = True,
     ) -> Masked:
-        tokens = _tokens(_as_tensor(value, device, name), self.codebook_size, name)
+        value = _as_tensor(value, device, name)
+        tokens = _tokens(value, self.codebook_size, name, check_values=check_values)
         return _present(tokens, (batch, *self.shape), channels=self.channels, name=name)
 
     def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
@@ -361,9 +384,16 @@ class TokenSequence(Condition):
         return (self.length,)
 
     def validate(
-        self, value: Any, batch: int, device: torch.device, *, name: str = "cond"
+        self,
+        value: Any,
+        batch: int,
+        device: torch.device,
+        *,
+        name: str = "cond",
+        check_values: bool = True,
     ) -> Masked:
-        tokens = _tokens(_as_tensor(value, device, name), self.codebook_size, name)
+        value = _as_tensor(value, device, name)
+        tokens = _tokens(value, self.codebook_size, name, check_values=check_values)
         length = tokens.shape[1] if tokens.ndim > 1 else 0
         if not 1 <= length <= self.length:
             expected = (batch, f"1 … {self.length}", *_trailing(self.channels))
@@ -472,17 +502,20 @@ def _holds_boolean(value: Any) -> bool:
     return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
 
 
-def _tokens(value: Tensor, codebook_size: int, name: str) -> Tensor:
+def _tokens(
+    value: Tensor, codebook_size: int, name: str, *, check_values: bool = True
+) -> Tensor:
     if codebook_size:
-        return _indices(value, codebook_size, name)
-    if not dense_tensor(value, name, FLOATS).isfinite().all():
+        return _indices(value, codebook_size, name, check_values=check_values)
+    dense_tensor(value, name, FLOATS)
+    if check_values and not value.isfinite().all():
         raise UsageError(f"{name} must be finite, got NaN or infinity")
     return value
 
 
-def _indices(value: Tensor, size: int, name: str) -> Tensor:
+def _indices(value: Tensor, size: int, name: str, *, check_values: bool = True) -> Tensor:
     value = dense_tensor(value, name, WHOLE).long()
-    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
+    if check_values and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
         raise UsageError(
             f"{name} must be in 0 … {size - 1}, got {int(value.min())} … {int(value.max())}"
         )
@@ -624,15 +657,19 @@ class Conditioning:
                 )
         return None
 
-    def validate(self, cond: Any, batch: int, device: torch.device) -> dict[str, Masked]:
-        """Every condition as it was passed, or null.
+    def validate(
+        self, cond: Any, batch: int, device: torch.device, *, check_values: bool = True
+    ) -> dict[str, Masked]:
+        """Every condition as it was passed, or null; see `Condition.validate`.
 
         Raises:
             UsageError: if one of them has the wrong name, shape, type or range.
         """
         values = self.split(cond)
         return {
-            name: part.validate(values[name], batch, device, name=self.label_of(name))
+            name: part.validate(
+                values[name], batch, device, name=self.label_of(name), check_values=check_values
+            )
             if name in values
             else part.null(batch, device)
             for name, part in zip(self.names, self.parts, strict=True)
@@ -653,7 +690,7 @@ class Conditioning:
         draws = torch.rand(batch, 1 + len(cond) * each, generator=generator) < rate
         result = {}
         for number, (name, (value, mask)) in enumerate(cond.items(), start=1):
-            kept = ~(draws[:, 0] | draws[:, number * each]).to(mask.device)
+            kept = ~(draws[:, 0] | draws[:, number * each]).to(mask.device, non_blocking=True)
             result[name] = Masked(value, mask & kept.view(-1, *[1] * (mask.ndim - 1)))
         return result
 

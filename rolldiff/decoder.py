@@ -223,6 +223,7 @@ class Decoder(Pretrained):
             )
         orders, self._groups = training.tables(layout.coords)  # the groups stay on the CPU
         self.register_buffer("orders", orders, persistent=False)
+        self._values_checked = False
         self.config = {
             "layout": layout,
             "backbone": backbone,
@@ -320,7 +321,8 @@ class Decoder(Pretrained):
         are shown as clean context carry no loss.
 
         Args:
-            image: `[B, C, H, W]`, floating point, in [-1, 1].
+            image: `[B, C, H, W]`, floating point, in [-1, 1]. On an accelerator the values of image
+                and condition are checked in the first call alone, because that waits for it.
             cond: the condition, or None; several in a dictionary by name. Its gradient is kept.
             generator: a CPU generator for all random draws; None uses torch's own.
 
@@ -330,7 +332,9 @@ class Decoder(Pretrained):
         Raises:
             UsageError: if an argument has the wrong shape, type or range.
         """
-        image = check_image(image, self.layout)
+        # On an accelerator values are read once: reading them waits for all that was submitted.
+        check_values = self.device.type == "cpu" or not self._values_checked
+        image = check_image(image, self.layout, check_values=check_values)
         if image.device != self.device:
             raise UsageError(
                 f"image must be on the decoder's device {self.device}, got {image.device}"
@@ -338,10 +342,12 @@ class Decoder(Pretrained):
         if generator is not None:
             check_generator(generator, "generator")
         x = self.layout.tokens(image).to(self.state_dtype)
-        given = self.conditioning.validate(cond, len(x), x.device)
+        given = self.conditioning.validate(cond, len(x), x.device, check_values=check_values)
+        self._values_checked = True
         given = self.conditioning.drop(given, self.training_distribution.drop_cond, generator)
         draw = self.training_distribution.sample(len(x), self._groups, generator)
-        order, t = self.orders[draw.order.to(x.device)], draw.t.to(x)
+        order = self.orders[draw.order.to(x.device, non_blocking=True)]
+        t = draw.t.to(x, non_blocking=True)
         x = x.gather(1, order[..., None].expand_as(x))  # [B, N, D] in decode order
         eps = _randn_like(x, generator)
         x_t = self.noise.add_noise(x, eps, t)
@@ -736,7 +742,7 @@ class DecodeRun:
             self.schedule,
             grid=self.denoiser.grid,
             solver=self.config.solver,
-            randn=lambda n: self.samples.normal(n, dim).to(self.x_1),
+            randn=lambda n: self.samples.normal(n, dim).to(self.x_1, non_blocking=True),
         )
 
     def denoise(self, x_t: Float[Tensor, "B N D"], level: NoiseLevel, span: slice) -> Estimate:
@@ -862,7 +868,12 @@ def configured(
 
 
 def check_image(
-    image: Tensor, layout: Layout, *, unbounded: bool = False, name: str = "image"
+    image: Tensor,
+    layout: Layout,
+    *,
+    unbounded: bool = False,
+    check_values: bool = True,
+    name: str = "image",
 ) -> Tensor:
     """The image itself.
 
@@ -870,6 +881,7 @@ def check_image(
         image: what a user passed.
         layout: defines the shape.
         unbounded: accept any finite values, such as those of a decoded image or of noise.
+        check_values: whether the values are read, for which an accelerator has to be waited.
         name: what the user calls it.
 
     Raises:
@@ -881,6 +893,8 @@ def check_image(
         raise UsageError(
             f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
         )
+    if not check_values:
+        return image
     low, high = (float(end) for end in image.aminmax())
     bound = torch.finfo(torch.float32).max if unbounded else 1.001
     if not -bound <= low <= high <= bound:

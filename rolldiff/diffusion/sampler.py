@@ -51,7 +51,7 @@ class NoiseLevel(NamedTuple):
     rates: Float[Tensor, "2 n 1"]  # alpha' and sigma'
     inverse: Inverse  # of the prediction, each part [2, 1, n, 1]
     embedding: Float[Tensor, "n E"]  # the network's embedding of t
-    finished: int = 0  # leading tokens of a grid level whose time is 0
+    finished: int = 0  # leading tokens at time 0; known on the host, for levels of the grid
 
     def velocity(self, estimate: Estimate) -> Tensor:
         """`dx_t/dt = alpha' x + sigma' eps`."""
@@ -135,7 +135,7 @@ class TimeGrid:
             index = torch.tensor(steps_done).repeat_interleave(torch.tensor(sizes))
             if len(self._mixed) == CACHED_LEVELS:
                 self._mixed.clear()
-            level = _rows(self._grid, index.to(self.like.device))
+            level = _rows(self._grid, index.to(self.like.device, non_blocking=True))
             # Earlier groups are ahead, so those at the end are the first.
             ended = zip(sizes, steps_done, strict=True)
             finished = sum(size for size, done in ended if done == len(self._single) - 1)
@@ -234,12 +234,11 @@ class Heun(Solver):
         t, s = interval.t, interval.s
         estimate = denoise(x_t, t)
         x_s = s.point(estimate)
-        not_last = s.t > 0
-        if not not_last.any():
+        if s.finished >= x_t.shape[1]:
             return x_s, estimate
         slope = t.velocity(estimate) + s.velocity(denoise(x_s, s))
         trapezoid = x_t + (s.t - t.t) / 2 * slope
-        return trapezoid.where(not_last, x_s), estimate
+        return trapezoid.where(s.t > 0, x_s), estimate
 
 
 @dataclass(frozen=True)

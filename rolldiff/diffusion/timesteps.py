@@ -120,6 +120,7 @@ class Draw(NamedTuple):
         group: the group of each token.
         window: the window of each token.
         clean: whether a token is clean context, which carries no loss.
+        together: whether all tokens see all others.
     """
 
     order: Int[Tensor, " B"]
@@ -127,20 +128,22 @@ class Draw(NamedTuple):
     group: Int[Tensor, "M N"]
     window: Int[Tensor, "M N"]
     clean: Bool[Tensor, "M N"]
+    together: bool
 
     def mask(self, device: torch.device) -> Float[Tensor, "M N N"] | None:
         """Who may see whom, see `GroupSchedule.blocks`; None if all tokens see all.
 
         Clean groups see clean groups up to their own, and a window sees itself and all before it.
         """
-        if not self.clean.any() and not self.window.any():
+        if self.together:
             return None
-        block = self.group.where(self.clean, self.group.shape[1] + self.window).to(device)
+        block = self.group.where(self.clean, self.group.shape[1] + self.window)
+        block = block.to(device, non_blocking=True)
         return attention_mask(block, block)
 
     def moving(self, device: torch.device) -> Bool[Tensor, "B N"]:
         """The tokens that carry a loss."""
-        moving = (~self.clean).to(device)
+        moving = (~self.clean).to(device, non_blocking=True)
         return moving.repeat_interleave(len(self.t) // len(moving), 0)
 
 
@@ -269,7 +272,9 @@ class TrainingDistribution:
             t = context[m].where(clean, t)
             drawn.append((t[:, group], group, windows.window[group], clean[group]))
         times, *tokens = zip(*drawn, strict=True)
-        return Draw(order, torch.cat(times), *map(torch.stack, tokens))
+        group, window, clean = map(torch.stack, tokens)
+        together = not (window.any() or clean.any())
+        return Draw(order, torch.cat(times), group, window, clean, together)
 
 
 def cut(num_groups: int, lag: float, generator: torch.Generator | None = None) -> Windows:

@@ -194,7 +194,8 @@ class Denoiser:
         block = self.schedule.blocks(finished, started)
         if block[shown.start] == block[shown.stop - 1]:
             return None
-        return attention_mask(block[shown], block[: shown.stop]).to(self.position.device)
+        block = block.to(self.position.device, non_blocking=True)
+        return attention_mask(block[shown], block[: shown.stop])
 
     def __call__(
         self,

@@ -191,7 +191,9 @@ class Transformer(Backbone):
         # All parts of the modulation but the first are factors, and start from 1.
         ones = F.pad(self.pos_embed.new_ones(5 * width), (width, 0))
         count = next((len(mask) for _, mask in cond.values()), 1)
-        rope = self._rope.to(order.device)[:, order]
+        if self._rope.device != order.device:  # once
+            self._rope = self._rope.to(order.device, non_blocking=True)
+        rope = self._rope[:, order]
         cross = None
         if embedded.sequence is not None and embedded.cross_attn_mask is not None:
             mask = _to_decode_order(embedded.cross_attn_mask, order)[:, None]
