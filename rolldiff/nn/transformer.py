@@ -233,13 +233,15 @@ class Transformer(Backbone):
         return self.time_embed(t)
 
     def compile(self, *, mode: str | None = None) -> None:
-        """Compile every block in place; the names of the weights stay as they are.
+        """Compile every block in place, as a whole; the names of the weights stay as they are.
 
         Args:
             mode: see `torch.compile`; `reduce-overhead` replays CUDA graphs.
         """
+        # Calls with and without mask, cache, gradient, …: about a dozen, and torch's limit is 8.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.blocks:  # the blocks share what is compiled
-            block.compile(mode=mode, dynamic=True)
+            block.compile(mode=mode, dynamic=True, fullgraph=True)
 
     def forward(
         self,
@@ -266,8 +268,11 @@ class Transformer(Backbone):
         )
         h, modulation = h + shift, modulation.unflatten(-1, (4, width))
         rope, mask = context.rope[..., span, :], mask if self.causal else None
-        if mask is not None and mask.ndim == 3:
-            mask = mask[:, None]  # an axis for the heads
+        if mask is not None:  # in the type of the attention once, and with an axis for the heads
+            device = h.device.type
+            cast = torch.is_autocast_enabled(device)
+            mask = mask.to(torch.get_autocast_dtype(device) if cast else self.embed.weight.dtype)
+            mask = mask[:, None] if mask.ndim == 3 else mask
         slots = None if cache is None else cache.slots(span)
         blocks = self.blocks if cache is None or cache.blocks is None else cache.blocks
         for layer, block in enumerate(blocks):
