@@ -502,9 +502,7 @@ def _holds_boolean(value: Any) -> bool:
     return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
 
 
-def _tokens(
-    value: Tensor, codebook_size: int, name: str, *, check_values: bool = True
-) -> Tensor:
+def _tokens(value: Tensor, codebook_size: int, name: str, *, check_values: bool = True) -> Tensor:
     if codebook_size:
         return _indices(value, codebook_size, name, check_values=check_values)
     dense_tensor(value, name, FLOATS)

@@ -353,7 +353,8 @@ class Decoder(Pretrained):
         x_t = self.noise.add_noise(x, eps, t)
         context = self.backbone.prepare(order, given, grouped=bool(self._groups.any()))
         mask = draw.mask(x.device) if self.backbone.causal else None
-        y = self.backbone(x_t, self.backbone.embed_time(t), context, mask=mask)
+        time = self.backbone.embed_time(t[:, :1] if draw.shared else t)
+        y = self.backbone(x_t, time, context, mask=mask)
         return denoising_loss(
             y.to(x.dtype),
             x,

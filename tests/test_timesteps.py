@@ -113,12 +113,20 @@ def test_a_single_group_is_ordinary_diffusion():
     assert (draw.t == draw.t[:, :1]).all()
     assert draw.mask(CPU) is None
     assert draw.moving(CPU).all()
+    assert draw.shared
 
 
 def test_overlap_1_is_ordinary_diffusion_for_any_number_of_groups():
     draw = drawn(num_groups=(2, 4, 16), overlap=(1.0,))
     assert (draw.t == draw.t[:, :1]).all()
     assert draw.mask(CPU) is None
+
+
+def test_a_time_is_shared_only_if_all_slices_share_theirs():
+    for seed in range(50):
+        draw = drawn(16, seed, num_groups=(1, 2, 4), overlap=(1.0, "0..1"), slices=2)
+        same = bool((draw.t == draw.t[:, :1]).all())
+        assert draw.shared == same
 
 
 def test_overlap_0_is_a_window_for_each_group():

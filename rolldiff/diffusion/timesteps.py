@@ -121,6 +121,7 @@ class Draw(NamedTuple):
         window: the window of each token.
         clean: whether a token is clean context, which carries no loss.
         together: whether all tokens see all others.
+        shared: whether all tokens of an example have one time.
     """
 
     order: Int[Tensor, " B"]
@@ -129,6 +130,7 @@ class Draw(NamedTuple):
     window: Int[Tensor, "M N"]
     clean: Bool[Tensor, "M N"]
     together: bool
+    shared: bool
 
     def mask(self, device: torch.device) -> Float[Tensor, "M N N"] | None:
         """Who may see whom, see `GroupSchedule.blocks`; None if all tokens see all.
@@ -256,7 +258,7 @@ class TrainingDistribution:
         is_independent = (own < self.independent).chunk(slices)
         context = (noise * self.context_noise).chunk(slices)
         order = torch.randint(len(self.orders), (batch,), generator=generator)
-        drawn = []
+        drawn, shared = [], True
         for m in range(slices):
             v, of_context, place = torch.rand(3, generator=generator).tolist()
             low, high = _range(self.overlap[entries[m]])
@@ -264,6 +266,7 @@ class TrainingDistribution:
             group, num_groups = groups[counts[m]], self.num_groups[counts[m]]
             windows = cut(num_groups, lag, generator)
             t = windows.times(u[m], lag)  # [B / M, G]
+            shared = shared and (num_groups == 1 or lag == 0)
             if lag > 0:
                 t = u[m][:, :num_groups].where(is_independent[m], t)
             t = self.density.quantile(t.clamp(1e-6, 1 - 1e-6))
@@ -274,7 +277,7 @@ class TrainingDistribution:
         times, *tokens = zip(*drawn, strict=True)
         group, window, clean = map(torch.stack, tokens)
         together = not (window.any() or clean.any())
-        return Draw(order, torch.cat(times), group, window, clean, together)
+        return Draw(order, torch.cat(times), group, window, clean, together, shared)
 
 
 def cut(num_groups: int, lag: float, generator: torch.Generator | None = None) -> Windows:

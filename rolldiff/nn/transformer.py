@@ -268,11 +268,8 @@ class Transformer(Backbone):
         )
         h, modulation = h + shift, modulation.unflatten(-1, (4, width))
         rope, mask = context.rope[..., span, :], mask if self.causal else None
-        if mask is not None:  # in the type of the attention once, and with an axis for the heads
-            device = h.device.type
-            cast = torch.is_autocast_enabled(device)
-            mask = mask.to(torch.get_autocast_dtype(device) if cast else self.embed.weight.dtype)
-            mask = mask[:, None] if mask.ndim == 3 else mask
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, None]  # an axis for the heads
         slots = None if cache is None else cache.slots(span)
         blocks = self.blocks if cache is None or cache.blocks is None else cache.blocks
         for layer, block in enumerate(blocks):
