@@ -120,3 +120,7 @@ def test_pictures_show_random_images_of_all_classes():
     few = _chosen(torch.tensor([5, 5, 2]), 3, count=8, seed=0).tolist()
     assert few[::2] == [2] * 4
     assert {few[1], few[3]} == {0, 1}
+
+
+def test_counts_that_are_drawn_more_often_are_reported_once():
+    assert DecoderReport(num_groups=[1, 1, 4, 1]).num_groups == (1, 4)

@@ -371,7 +371,8 @@ def _group_counts(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not values:
         raise UsageError("report.num_groups must hold at least one value, got none")
-    return tuple(whole_number(item, "report.num_groups") for item in values)
+    # Each once: training may list one more often to draw it more often.
+    return tuple(dict.fromkeys(whole_number(item, "report.num_groups") for item in values))
 
 
 def _distance(real: Tensor, fake: Tensor) -> float | None:

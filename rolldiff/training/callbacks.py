@@ -52,7 +52,7 @@ class SampleGrid(Callback):
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.num_groups = tuple(num_groups)
+        self.num_groups = tuple(dict.fromkeys(num_groups))
         self.steps = steps
         self.count = whole_number(count, "callbacks.samples.count")
 
