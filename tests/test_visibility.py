@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from oracles import covariance_of, masked_decoder, natural_covariance, squared_frechet
 from rolldiff import AdamsBashforth2, Euler, GroupSchedule, Heun, Midpoint, Training
+from rolldiff.nn import denoiser
 
 PAIR = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
 NATURAL = natural_covariance(4)
@@ -18,11 +19,13 @@ SOLVERS = [Euler(), Heun(), Midpoint(), AdamsBashforth2()]
 def stricter(monkeypatch):
     """The rule of version 0.1: a token sees its own and earlier groups, moving or not."""
     monkeypatch.setattr(GroupSchedule, "blocks", lambda self, finished, started: self.group)
-    from rolldiff.nn.denoiser import Denoiser
+    monkeypatch.setattr(denoiser, "_kept_mask", denoiser._mask)
 
-    mask = Denoiser.mask
+    mask = denoiser.Denoiser.mask
     # Without the short cut for calls in which all see all.
-    monkeypatch.setattr(Denoiser, "mask", lambda self, s, f, n: mask(self, s, s.start + 1, n))
+    monkeypatch.setattr(
+        denoiser.Denoiser, "mask", lambda self, s, f, n: mask(self, s, s.start + 1, n)
+    )
 
 
 @run_settings(max_examples=60)
@@ -141,3 +144,13 @@ def test_no_later_token_changes_a_finished_group(make, overlap, solver):
         torch.testing.assert_close(after[:ends], before[:ends], rtol=1e-5, atol=1e-5)
         if unseen < 16:
             assert not torch.allclose(after[unseen:], before[unseen:])
+
+
+def test_decodings_of_equal_settings_share_their_masks():
+    decoder = masked_decoder(NATURAL)
+    for _ in range(2):
+        decoder.decode(num_groups=4, overlap=0.5, steps=4, seed=0)
+    masks = [call.mask for call in decoder.backbone.calls]
+    half = len(masks) // 2
+    assert sum(mask is not None for mask in masks[:half]) == 3
+    assert all(a is b for a, b in zip(masks[:half], masks[half:], strict=True))

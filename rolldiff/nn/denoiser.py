@@ -14,6 +14,7 @@ do not see moving ones.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -191,11 +192,9 @@ class Denoiser:
         """
         if not self.backbone.causal or (finished <= shown.start and started >= shown.stop):
             return None
-        block = self.schedule.blocks(finished, started)
-        if block[shown.start] == block[shown.stop - 1]:
-            return None
-        block = block.to(self.position.device, non_blocking=True)
-        return attention_mask(block[shown], block[: shown.stop])
+        make = _kept_mask if len(self.position) <= KEPT_TOKENS else _mask
+        device = self.position.device
+        return make(self.schedule, shown.start, shown.stop, finished, started, device)
 
     def __call__(
         self,
@@ -239,3 +238,23 @@ class Denoiser:
             w = self.guidance.weight(self.position[span], level.t[:, 0])
             y = y + w * (y - y_null)
         return to_x_eps(y, x_t[:, span], level.inverse)
+
+
+def _mask(
+    schedule: GroupSchedule,
+    start: int,
+    stop: int,
+    finished: int,
+    started: int,
+    device: torch.device,
+) -> Float[Tensor, "n m"] | None:
+    block = schedule.blocks(finished, started)[:stop]
+    if block[start] == block[-1]:
+        return None
+    block = block.to(device, non_blocking=True)
+    return attention_mask(block[start:], block)
+
+
+# Two decodings of equal settings use the same masks; at most about 256 MiB of them are kept.
+KEPT_TOKENS = 1024
+_kept_mask = lru_cache(maxsize=64)(_mask)
