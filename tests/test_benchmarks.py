@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from rolldiff import Decoder, Training
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -18,6 +20,8 @@ import engine_cuda  # noqa: E402
 import engine_loops  # noqa: E402
 import engine_results  # noqa: E402
 import engine_rounds  # noqa: E402
+import training_step  # noqa: E402
+import two_streams  # noqa: E402
 
 RESULTS = json.loads((ROOT / "benchmarks/results/engine-cpu.json").read_text(encoding="utf-8"))
 TARGETS = {key for key in engine_results.TARGETS if not key.startswith("cuda_")}
@@ -165,3 +169,37 @@ def test_the_operations_of_training_are_those_counted():
     assert counted(loss) == engine_cuda.flops(model.backbone, tokens, seen=seen, times=tokens)
     forward, step = counted(loss), counted(lambda: model.loss(image, [0, 1]).backward())
     assert 2 * forward < step < 3.1 * forward  # attention's backward is not counted on a CPU
+
+
+def test_a_training_step_is_timed(capsys):
+    sizes = {"side": 4, "width": 16, "depth": 1, "heads": 1, "batch": 8, "rounds": 1}
+    training_step.main([f"--{name}={value}" for name, value in sizes.items()])
+    assert capsys.readouterr().out.count("of a plain DiT") == 2
+
+
+def test_two_streams_show_what_a_decoding_meets():
+    """A noisy token sees its window and the clean copies before it; they see none of it."""
+    group = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])
+    window = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]])
+    sees = two_streams.two_streams_mask(group, window)[0] == 0
+    clean, noisy = range(8), range(8, 16)
+    for q in range(8):
+        assert [k for k in clean if sees[q, k]] == [k for k in clean if group[0, k] <= group[0, q]]
+        assert not sees[q, 8:].any()
+        before = [k for k in clean if window[0, k] < window[0, q]]
+        assert [k for k in clean if sees[8 + q, k]] == before
+        inside = [8 + k for k in clean if window[0, k] == window[0, q]]
+        assert [k for k in noisy if sees[8 + q, k]] == inside
+
+
+def test_two_streams_with_one_window_are_one_stream():
+    torch.manual_seed(0)
+    sizes = {"image_size": 4, "channels": 1, "width": 16, "heads": 1, "depth": 1}
+    two = two_streams.TwoStreams.build(**sizes, training=Training((1, 2, 4), overlap=(1.0,)))
+    one = Decoder(**two.config)
+    one.load_state_dict(two.state_dict())
+    image = torch.rand(8, 1, 4, 4) * 2 - 1
+    losses = [model.loss(image, generator=torch.Generator().manual_seed(0)) for model in (one, two)]
+    torch.testing.assert_close(*losses)
+    two.training_distribution = Training((2, 4), overlap=(0.0,), clean_context=0.0)
+    assert two.loss(image).isfinite()
