@@ -4,9 +4,9 @@ A command composes its configuration once and builds its parts once, before it w
 Flags such as `-m`, `--cfg` and `--help` are Hydra's own, and with them Hydra runs the command.
 
 A mistake of the user ends in one line on standard error and exit status 2; a file that cannot be
-read or written, and a training whose loss is not finite, in one line and status 1; Ctrl-C and
-SIGTERM in one line and status 130 and 143. All other errors show their traceback, as everything
-does if HYDRA_FULL_ERROR is set. In a sweep, a job that fails does not end the others.
+read or written, a lack of memory, and a training whose loss is not finite, in one line and status
+1; Ctrl-C and SIGTERM in one line and status 130 and 143. All other errors show their traceback, as
+everything does if HYDRA_FULL_ERROR is set. In a sweep, a job that fails does not end the others.
 """
 
 import logging
@@ -53,6 +53,8 @@ usage: rolldiff COMMAND [key=value ...]
 
 rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints their values.
 """
+
+OUT_OF_MEMORY = "out of memory; a smaller batch_size, image or network needs less"
 
 MAX_IMAGES, MAX_PER_PAGE = 10**7, 4096
 
@@ -347,6 +349,8 @@ def _errors_in_one_line() -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, UsageError) or _is_misconfiguration(cause):
             _fail(cause)  # clearer than Hydra's words around it
+        if _is_out_of_memory(cause):
+            _fail(cause, OUT_OF_MEMORY, status=1)
         if not isinstance(cause, ImportError | TypeError | ValueError | None):
             raise
         _fail(error)  # an argument, a value or a class that does not exist
@@ -361,9 +365,17 @@ def _errors_in_one_line() -> Iterator[None]:
             raise
         _fail(error, "the settings refer to each other in a circle")
     except Exception as error:
+        if _is_out_of_memory(error):
+            _fail(error, OUT_OF_MEMORY, status=1)
         if not _is_misconfiguration(error):
             raise
         _fail(error)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was asked for that is not there; on a CPU torch says it in words alone."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _is_misconfiguration(error: BaseException | None) -> bool:

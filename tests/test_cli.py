@@ -244,6 +244,30 @@ def test_an_error_that_is_not_for_users_keeps_its_traceback(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=repr,
+)
+def test_a_lack_of_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    Decoder.build(image_size=8, channels=1, width=16, depth=1, heads=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(Decoder, "decode", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["decode", f"ckpt={tmp_path}", f"out={tmp_path}/a.png"])
+    printed = capsys.readouterr().err.strip()
+    assert stop.value.code == 1
+    assert printed.startswith("rolldiff: out of memory")
+    assert "\n" not in printed
+
+
+@pytest.mark.usefixtures("quiet")
 def test_full_errors_are_shown_if_asked_for(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UsageError, match="ckpt must be"):

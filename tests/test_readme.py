@@ -1,5 +1,6 @@
 """Every snippet and command of the README runs."""
 
+import json
 import os
 import re
 import subprocess
@@ -133,9 +134,12 @@ def test_the_first_command_as_printed(checkout):
     names = {path.name for path in run.iterdir()}
     assert names >= {"last.ckpt", "samples.png", "stream.gif", "summary.json"}
     found = dict(re.findall(r"^ +(\d+) +([\d.]+)$", done.stdout, re.MULTILINE))
-    # Twice what two idle cores reach: this machine may be busy.
-    assert all(float(found[g]) < 0.8 for g in ("1", "2", "4", "8")), done.stdout
-    assert float(found["16"]) < 1.2
+    # Twice what two idle cores reach in the time, and more if this machine was so busy that it saw
+    # fewer images: at 120,000 the distances are about 0.95.
+    seen = json.loads((run / "summary.json").read_text())["images_seen"]
+    slack = max(1, 200_000 / seen) ** 2
+    assert all(float(found[g]) < 0.8 * slack for g in ("1", "2", "4", "8")), done.stdout
+    assert float(found["16"]) < 1.2 * slack
 
 
 @pytest.mark.slow

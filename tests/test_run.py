@@ -443,6 +443,8 @@ def test_classes_come_from_the_data(tmp_path):
     [
         (["max_steps=1e2"], "max_steps must be a whole number"),
         (["max_steps=.nan"], "max_steps"),
+        (["data.batch_size=100000000000000000000"], "batch_size must be a whole number in 1"),
+        (["+data.workers=100000"], "workers must be a whole number in 0 … 10000"),
         (["batch_size=true"], "batch_size must be a whole number"),
         (["callbacks.samples=[1,2]"], "callbacks.samples must be null or a callback"),
         (["callbacks.throughput.window_size=null"], "window_size must be a whole number"),

@@ -71,10 +71,10 @@ class Images(L.LightningDataModule, ABC):
 
     def __post_init__(self) -> None:
         super().__init__()
-        for name in ("image_size", "batch_size", "max_steps"):
-            setattr(self, name, whole_number(getattr(self, name), name))
-        for name in ("seed", "workers"):
-            setattr(self, name, whole_number(getattr(self, name), name, minimum=0))
+        for name, most in (("image_size", 2**16), ("batch_size", 2**20), ("max_steps", 10**12)):
+            setattr(self, name, whole_number(getattr(self, name), name, maximum=most))
+        self.seed = whole_number(self.seed, "seed", minimum=0)
+        self.workers = whole_number(self.workers, "workers", minimum=0, maximum=10**4)
         if whole_number(self.channels, "channels") not in (1, 3):
             raise UsageError(f"channels must be 1 or 3, got {self.channels}")
         self.channels = int(self.channels)

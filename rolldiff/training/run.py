@@ -297,7 +297,7 @@ def _validate(cfg: DictConfig) -> None:
     """Refuse at once what would otherwise fail late, or hang."""
     whole_number(cfg.seed, "seed", minimum=0)
     whole_number(cfg.max_steps, "max_steps", maximum=10**12)
-    whole_number(cfg.batch_size, "batch_size", maximum=10**9)
+    whole_number(cfg.batch_size, "batch_size", maximum=2**20)
     for name in ("data", "lit", "report", "trainer"):
         if not OmegaConf.is_dict(cfg[name]):
             raise UsageError(f"{name} must be a dictionary with _target_, got {cfg[name]!r}")
