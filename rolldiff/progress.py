@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 __all__ = ["ProgressLog", "progress"]
@@ -25,12 +25,12 @@ class ProgressLog:
         self.desc, self.total, self.start = desc, total, time.monotonic()
         self._printed_at, self._printed_done = self.start, done
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: Callable[[], str] | None = None) -> None:
         """Print a line if one is due.
 
         Args:
             done: steps that are finished.
-            note: what is printed after the time.
+            note: makes what is printed after the time.
         """
         now = time.monotonic()
         waited = now - self._printed_at
@@ -40,7 +40,8 @@ class ProgressLog:
             return
         self._printed_at, self._printed_done = now, done
         share = f"/{self.total} ({100 * done // self.total} %)" if self.total else ""
-        tail = f", {note}" if note else ""
+        words = "" if note is None else note()
+        tail = f", {words}" if words else ""
         line = f"{self.desc}: {done}{share}, {now - self.start:.0f} s{tail}"
         print(line, file=sys.stderr, flush=True)
 

@@ -55,7 +55,6 @@ TARGETS = (
         "rolldiff.training.LitPrior",
         "rolldiff.training.LitTokenizer",
         "rolldiff.training.SampleGrid",
-        "rolldiff.training.images_per_batch",
     }
     | {
         f"lightning.pytorch.callbacks.{name}"
@@ -65,7 +64,6 @@ TARGETS = (
             "GradientAccumulationScheduler",
             "LearningRateMonitor",
             "ModelCheckpoint",
-            "ThroughputMonitor",
         )
     }
     | {

@@ -17,7 +17,7 @@ def test_a_line_per_tenth_or_half_minute(clock, capsys):
     log = ProgressLog("training", 1000)
     for done in range(1, 1001):
         clock.now = 0.5 * done  # a tenth takes 50 s
-        log.update(done, "loss 1")
+        log.update(done, lambda: "loss 1")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training: 60/1000 (6 %), 30 s, loss 1"
     assert lines[-1] == "training: 1000/1000 (100 %), 500 s, loss 1"

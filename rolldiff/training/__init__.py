@@ -7,7 +7,6 @@ from rolldiff.training.module import (
     LitModel,
     LitPrior,
     LitTokenizer,
-    images_per_batch,
 )
 from rolldiff.training.run import Summary, train
 
@@ -22,6 +21,5 @@ __all__ = [
     "ProgressLines",
     "SampleGrid",
     "Summary",
-    "images_per_batch",
     "train",
 ]

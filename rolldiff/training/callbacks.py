@@ -117,6 +117,8 @@ class Clock(Callback):
     current batch, with a checkpoint of both the trained and the averaged weights. It must come
     after the averaging callback, so that the checkpoint holds the average of this step.
 
+    It logs `images_per_second` as often as the trainer logs.
+
     Lightning's `max_time` ends a training instead: it counts the time before a resumption too, and
     at the end of `fit` the averaged weights replace the trained ones.
 
@@ -144,6 +146,7 @@ class Clock(Callback):
         self.signal: int | None = None
         self._seconds_before = 0.0
         self._start: float | None = None
+        self._logged = (0, 0, 0.0)  # step, images and seconds when the rate was logged
         self._signals = ExitStack()
 
     @property
@@ -182,11 +185,23 @@ class Clock(Callback):
         asked = over or self.signal is not None
         if trainer.world_size > 1:  # all processes stop after the same batch
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        self._log_rate(trainer, pl_module)
         last = 0 < trainer.max_steps <= trainer.global_step
         if asked and not self.stopped and not last:
             self.stopped = True
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             trainer.should_stop = True
+
+    def _log_rate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the images per second since the last time; over many steps, so nothing waits."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0 and trainer.global_step > self._logged[0]:
+            step, images, seconds = self._logged
+            now = (trainer.global_step, self.images_seen, self.seconds)
+            if step:
+                rate = (now[1] - images) / max(now[2] - seconds, 1e-9)
+                pl_module.log("images_per_second", rate, rank_zero_only=True)
+            self._logged = now
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -232,11 +247,16 @@ class ProgressLines(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object
     ) -> None:
         if self._log is not None:
-            loss = trainer.progress_bar_metrics.get("loss")
-            self._log.update(trainer.global_step, "" if loss is None else f"loss {loss:.4g}")
+            self._log.update(trainer.global_step, lambda: _loss_of(trainer))
+
+
+def _loss_of(trainer: L.Trainer) -> str:
+    # Only for a line that is printed, because reading it waits for an accelerator.
+    loss = trainer.progress_bar_metrics.get("loss")
+    return "" if loss is None else f"loss {loss:.4g}"
 
 
 def progress_bar() -> ProgressBar:
     """A bar in a terminal, plain lines elsewhere."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    return TQDMProgressBar() if terminal else ProgressLines()
+    return TQDMProgressBar(refresh_rate=10) if terminal else ProgressLines()

@@ -71,8 +71,7 @@ class LitModel(L.LightningModule, ABC):
         if decay not in ("constant", "cosine"):
             raise UsageError(f"decay must be constant or cosine, got {decay!r}")
         warmup_steps = whole_number(warmup_steps, "warmup_steps", minimum=0)
-        # Lightning's throughput monitor would divide by peak rates that nobody has measured.
-        self.flops_per_batch = None
+        self._last_loss: Tensor | None = None
         # Not to the loggers, which get the whole configuration.
         self.save_hyperparameters(
             {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay},
@@ -99,13 +98,22 @@ class LitModel(L.LightningModule, ABC):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self._batch_generator())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {float(loss.detach())} at step {self.global_step}; "
-                "the last checkpoint is kept"
-            )
+        self._last_loss = loss.detach()
+        # Reading a value waits for an accelerator, so it is read where it is free or logged.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if loss.device.type == "cpu" or (every and self.global_step % every == 0):
+            self._refuse_infinite_loss()
         self.log("loss", loss, prog_bar=True)
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse_infinite_loss()
+
+    def _refuse_infinite_loss(self) -> None:
+        if self._last_loss is not None and not math.isfinite(loss := float(self._last_loss)):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.global_step}; the last checkpoint is kept"
+            )
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         # The same noise and times in every validation, so that they can be compared.

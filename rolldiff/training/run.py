@@ -309,7 +309,6 @@ def _validate(cfg: DictConfig) -> None:
     for key, minimum in (
         ("trainer.num_sanity_val_steps", -1),
         ("trainer.log_every_n_steps", 0),
-        ("callbacks.throughput.window_size", 2),
     ):
         missing = object()
         value = OmegaConf.select(cfg, key, default=missing, throw_on_missing=False)
@@ -347,8 +346,6 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
         callback = _instantiate(part)
         if not isinstance(callback, L.Callback):
             raise UsageError(f"callbacks.{name} must be null or a callback, got {callback!r}")
-        if not callable(getattr(callback, "batch_size_fn", callable)):
-            raise UsageError(f"callbacks.{name}.batch_size_fn must be a function with _target_")
         callbacks.append(callback)
     clock = Clock(cfg.time_limit, folder / LAST)
     callbacks.append(clock)
