@@ -11,6 +11,7 @@ from rolldiff import DecodeConfig, Decoder, Patches, Training, Transformer
 from rolldiff.conditioning import Conditioning
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid, sample
+from rolldiff.diffusion.schedule import attention_mask
 from rolldiff.nn.denoiser import Backbone
 from rolldiff.nn.transformer import ColumnLinear
 
@@ -102,7 +103,7 @@ class Pointwise(Backbone):
         context: None,
         *,
         start: int = 0,
-        mask: Any,
+        mask: Tensor | None = None,
         cache: None = None,
     ) -> Tensor:
         return self.linear(x_t) + time
