@@ -87,11 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         "the default's mix": ours(Training(GROUPS)),
     }
 
-    def step(loss: Tensor) -> None:
-        loss.backward()
-
-    cases = {"plain": lambda: step(plain.loss(tokens))} | {
-        name: lambda model=model: step(model.loss(image)) for name, model in models.items()
+    cases = {"plain": lambda: plain.loss(tokens).backward()} | {
+        name: lambda model=model: model.loss(image).backward() for name, model in models.items()
     }
     rounds = Stopwatch().time_rounds(cases, ask.rounds, device=torch.device("cpu"))
     print(f"{ask.side**2} tokens, width {ask.width}, depth {ask.depth}, batch {ask.batch}")

@@ -9,65 +9,42 @@ without its clean context. The decoder decodes as any other.
     PYTHONPATH=benchmarks rolldiff bench ckpt=RUN trust=two_streams. …
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rolldiff import Decoder
-from rolldiff.decoder import check_image
-from rolldiff.diffusion.process import denoising_loss
+from rolldiff.conditioning import Masked
+from rolldiff.diffusion.timesteps import Draw
 
 
 class TwoStreams(Decoder):
-    """A decoder whose loss shows a clean copy of the image beside the noisy one."""
+    """A decoder whose training shows a clean copy of the image beside the noisy one."""
 
-    def loss(
-        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
+    def _predict(
+        self, x: Tensor, x_t: Tensor, draw: Draw, *, order: Tensor, given: dict[str, Masked]
     ) -> Tensor:
-        image = check_image(image, self.layout)
-        trained = self.training_distribution
-        x = self.layout.tokens(image).to(self.state_dtype)
-        given = self.conditioning.validate(cond, len(x), x.device)
-        given = self.conditioning.drop(given, trained.drop_cond, generator)
-        draw = trained.sample(len(x), self._groups, generator)
-        order = self.orders[draw.order]
-        x = x.gather(1, order[..., None].expand_as(x))
-        eps = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        x_t = self.noise.add_noise(x, eps, draw.t.to(x))
         single = draw.window.amax(1) == 0  # [M]
-        size = len(x) // len(single)
+        size, n = len(x) // len(single), x.shape[1]
         y = torch.empty_like(x)
         for is_single in (True, False):
             slices = single == is_single
             if not slices.any():
                 continue
             rows = slices.repeat_interleave(size)
+            shown, t, places, mask = x_t[rows], draw.t[rows], order[rows], None
+            if not is_single:
+                shown = torch.cat([x[rows], shown], dim=1)
+                t = torch.cat([torch.zeros_like(t), t], dim=1)
+                places = places.repeat(1, 2)
+                mask = two_streams_mask(draw.group[slices], draw.window[slices])
             part = {
                 name: cond._replace(value=cond.value[rows], mask=cond.mask[rows])
                 for name, cond in given.items()
             }
-            if is_single:
-                context = self.backbone.prepare(order[rows], part)
-                time = self.backbone.embed_time(draw.t[rows])
-                y[rows] = self.backbone(x_t[rows], time, context)
-                continue
-            n = x.shape[1]
-            context = self.backbone.prepare(order[rows].repeat(1, 2), part)
-            t = torch.cat([torch.zeros_like(draw.t[rows]), draw.t[rows]], dim=1)
-            both = torch.cat([x[rows], x_t[rows]], dim=1)
-            mask = two_streams_mask(draw.group[slices], draw.window[slices])
-            y[rows] = self.backbone(both, self.backbone.embed_time(t), context, mask=mask)[:, n:]
-        return denoising_loss(
-            y,
-            x,
-            eps,
-            t=draw.t.to(x),
-            moving=torch.ones_like(draw.t, dtype=torch.bool),
-            noise=self.noise,
-            prediction=self.prediction,
-            space=self.loss_space,
-        )
+            context = self.backbone.prepare(places, part)
+            time = self.backbone.embed_time(t)
+            y[rows] = self.backbone(shown, time, context, mask=mask)[:, -n:]
+        return y
 
 
 def two_streams_mask(group: Tensor, window: Tensor) -> Tensor:

@@ -287,8 +287,7 @@ class TokenGrid(Condition):
         name: str = "cond",
         check_values: bool = True,
     ) -> Masked:
-        value = _as_tensor(value, device, name)
-        tokens = _tokens(value, self.codebook_size, name, check_values=check_values)
+        tokens = _tokens(self, value, device, name=name, check_values=check_values)
         return _present(tokens, (batch, *self.shape), channels=self.channels, name=name)
 
     def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
@@ -392,8 +391,7 @@ class TokenSequence(Condition):
         name: str = "cond",
         check_values: bool = True,
     ) -> Masked:
-        value = _as_tensor(value, device, name)
-        tokens = _tokens(value, self.codebook_size, name, check_values=check_values)
+        tokens = _tokens(self, value, device, name=name, check_values=check_values)
         length = tokens.shape[1] if tokens.ndim > 1 else 0
         if not 1 <= length <= self.length:
             expected = (batch, f"1 … {self.length}", *_trailing(self.channels))
@@ -502,9 +500,17 @@ def _holds_boolean(value: Any) -> bool:
     return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
 
 
-def _tokens(value: Tensor, codebook_size: int, name: str, *, check_values: bool = True) -> Tensor:
-    if codebook_size:
-        return _indices(value, codebook_size, name, check_values=check_values)
+def _tokens(
+    spec: "TokenGrid | TokenSequence",
+    value: Any,
+    device: torch.device,
+    *,
+    name: str,
+    check_values: bool = True,
+) -> Tensor:
+    value = _as_tensor(value, device, name)
+    if spec.codebook_size:
+        return _indices(value, spec.codebook_size, name, check_values=check_values)
     dense_tensor(value, name, FLOATS)
     if check_values and not value.isfinite().all():
         raise UsageError(f"{name} must be finite, got NaN or infinity")
@@ -536,7 +542,7 @@ def _absent(shape: tuple[int, ...], channels: int, device: torch.device) -> Mask
 def _piece(
     spec: TokenGrid | TokenSequence, piece: Any, batch: int, *, device: torch.device, name: str
 ) -> Tensor:
-    value = _tokens(_as_tensor(piece, device, name), spec.codebook_size, name)
+    value = _tokens(spec, piece, device, name=name)
     length = value.shape[1] if value.ndim > 1 else 0
     if not length or value.shape != (batch, length, *_trailing(spec.channels)):
         expected = ", ".join(map(str, (batch, "k", *_trailing(spec.channels))))

@@ -22,6 +22,7 @@ from rolldiff.conditioning import (
     ClassLabels,
     Condition,
     Conditioning,
+    Masked,
     StreamedConditions,
     concat,
 )
@@ -43,7 +44,7 @@ from rolldiff.diffusion.schedule import (
     check_order,
     decode_order,
 )
-from rolldiff.diffusion.timesteps import TrainingDistribution
+from rolldiff.diffusion.timesteps import Draw, TrainingDistribution
 from rolldiff.errors import (
     UsageError,
     boolean,
@@ -350,11 +351,7 @@ class Decoder(Pretrained):
         t = draw.t.to(x, non_blocking=True)
         x = x.gather(1, order[..., None].expand_as(x))  # [B, N, D] in decode order
         eps = _randn_like(x, generator)
-        x_t = self.noise.add_noise(x, eps, t)
-        context = self.backbone.prepare(order, given, grouped=bool(self._groups.any()))
-        mask = draw.mask(x.device) if self.backbone.causal else None
-        time = self.backbone.embed_time(t[:, :1] if draw.shared else t)
-        y = self.backbone(x_t, time, context, mask=mask)
+        y = self._predict(x, self.noise.add_noise(x, eps, t), draw, order=order, given=given)
         return denoising_loss(
             y.to(x.dtype),
             x,
@@ -365,6 +362,22 @@ class Decoder(Pretrained):
             prediction=self.prediction,
             space=self.loss_space,
         )
+
+    def _predict(
+        self,
+        x: Float[Tensor, "B N D"],
+        x_t: Float[Tensor, "B N D"],
+        draw: Draw,
+        *,
+        order: Int[Tensor, "B N"],
+        given: dict[str, Masked],
+    ) -> Float[Tensor, "B N D"]:
+        """What the backbone predicts in training; a stream beside `x_t` could be shown `x`."""
+        t = draw.t.to(x_t, non_blocking=True)
+        context = self.backbone.prepare(order, given, grouped=bool(self._groups.any()))
+        mask = draw.mask(x_t.device) if self.backbone.causal else None
+        time = self.backbone.embed_time(t[:, :1] if draw.shared else t)
+        return self.backbone(x_t, time, context, mask=mask)
 
     def forward(
         self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None

@@ -205,20 +205,18 @@ def build(config: Any, *, trusted: Collection[str] = ()) -> Any:
         UsageError: if it holds other than plain values, or names any other class, before anything
             is built; or if it does not fit what it names.
     """
-    classes = _classes(config, trusted)
-    return _built(upgrade_config(config), classes)
+    return _built(*_read(config, trusted))
 
 
-def _classes(config: Any, trusted: Collection[str]) -> dict[str, type]:
-    """The classes that a configuration names."""
+def _read(config: Any, trusted: Collection[str]) -> tuple[Any, dict[str, type]]:
+    """A configuration in today's form, and the classes that it names."""
     trusted = list(trusted) if isinstance(trusted, set | frozenset) else trusted
     names = sequence(trusted, "trusted", "dotted names")
     for name in names:
         instance(name, str, "each of trusted", "a dotted name")
     check_plain(config)
-    return {
-        str(target): _resolve(str(target), names) for target in _targets(upgrade_config(config))
-    }
+    config = upgrade_config(config)
+    return config, {str(target): _resolve(str(target), names) for target in _targets(config)}
 
 
 def check_plain(config: Any, source: str = "config") -> None:
@@ -266,9 +264,8 @@ def _resolve(target: str, trusted: Collection[str]) -> type:
     path = PUBLIC.get(MOVED.get(target, target))
     packages = [name for name in trusted if name.endswith(".")]
     if path or target in trusted or is_defined_in(target, packages):
-        module, _, name = (path or target).rpartition(".")
         try:
-            cls = getattr(importlib.import_module(module), name, None)
+            cls = _found(path or target)
         except (ImportError, ValueError):  # no such module, or not a name of one
             cls = None
         if isinstance(cls, type):
@@ -296,12 +293,17 @@ def is_defined_in(path: str, packages: Collection[str]) -> bool:
     packages = tuple(packages)
     if not path.startswith(packages):
         return False
-    module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        found = _found(path)
     except ImportError as error:
         raise UsageError(f"{path} must be found, but {reason(error)}") from error
     return f"{getattr(found, '__module__', '')}.".startswith(packages)
+
+
+def _found(path: str) -> Any:
+    """What a dotted path leads to: a name in a module, or None if the module lacks it."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name, None)
 
 
 def _built(config: Any, classes: dict[str, type]) -> Any:
@@ -371,11 +373,11 @@ class Pretrained(nn.Module, ModelHubMixin):
                 describes something other than this class.
         """
         instance(config, dict, "config", "a dictionary")
-        classes = _classes(config, trusted)
+        config, classes = _read(config, trusted)
         described = classes[str(config.get("_target_"))]
         if not issubclass(described, cls):
             raise UsageError(f"config must describe a {cls.__name__}, got a {described.__name__}")
-        return _built(upgrade_config(config), classes)
+        return _built(config, classes)
 
     def save_pretrained(
         self, folder: str | Path, *, config: Any = None, model_card_kwargs: Any = None
@@ -645,7 +647,7 @@ def _built_for(
     """A module for some weights, which are compared before there is memory for it."""
     try:
         weights = _upgraded(weights, instance(config, dict, "config", "a dictionary"))
-        classes = _classes(config, trusted)
+        _, classes = _read(config, trusted)
         # Classes of other libraries need not work without memory, and the caller trusts them.
         if all(PUBLIC.get(MOVED.get(name, name)) for name in classes):
             with torch.device("meta"):

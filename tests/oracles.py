@@ -113,8 +113,9 @@ def run(
 
 
 class Call(NamedTuple):
-    """What a backbone was given: whom each shown token may see, and the times of all of those."""
+    """What a backbone was given: whom the shown tokens may see, and all of those with times."""
 
+    x_t: Tensor  # [B, m]
     sees: Tensor  # [n, m]
     t: Tensor  # [m]
     order: Tensor  # [m], raster index
@@ -165,7 +166,7 @@ class MaskedGaussian(Backbone):
             x, t = cache.x_t[:, :m], cache.t[:m]
         assert x.shape[1] == m, "keys that were neither shown nor kept"
         sees = torch.ones(n, m, dtype=torch.bool) if mask is None else mask == 0
-        self.calls.append(Call(sees, t.clone(), context[:m], mask))
+        self.calls.append(Call(x.clone(), sees, t.clone(), context[:m], mask))
         covariance = self.covariance[context[:m]][:, context[:m]]
         y = torch.zeros(len(x), n, dtype=x.dtype)
         for row in sees.unique(dim=0):

@@ -259,6 +259,30 @@ def test_clean_context_carries_no_loss(make, monkeypatch):
     assert decoder.loss(torch.zeros(2, 1, 8, 8)) == 0
 
 
+@pytest.mark.parametrize("num_groups", [(1,), (1, 4)])
+def test_training_shows_every_token_its_own_time(make, monkeypatch, num_groups):
+    """Also where a time that all tokens share is embedded once."""
+    decoder, draws, times = make(), [], []
+    sample, forward = Training.sample, decoder.backbone.forward
+
+    def kept(self, *arguments):
+        draws.append(sample(self, *arguments))
+        return draws[-1]
+
+    def shown(x_t, time, *arguments, **others):
+        times.append(time)
+        return forward(x_t, time, *arguments, **others)
+
+    monkeypatch.setattr(Training, "sample", kept)
+    monkeypatch.setattr(decoder.backbone, "forward", shown)
+    decoder.training_distribution = Training(num_groups)
+    decoder._groups = decoder.training_distribution.tables(decoder.layout.coords)[1]
+    decoder.loss(torch.zeros(8, 1, 8, 8))
+    assert times[0].shape[1] == (1 if num_groups == (1,) else 16)
+    wanted = decoder.backbone.embed_time(draws[0].t)
+    torch.testing.assert_close(times[0].expand_as(wanted), wanted)
+
+
 def test_decoding_beyond_training_warns_and_names_the_setting():
     decoder = Decoder.build(
         image_size=8, channels=1, width=32, depth=1, training=Training(num_groups=(1, 4))

@@ -114,9 +114,11 @@ def test_finished_groups_are_shown_at_the_context_time(cache):
     """Written once, at that time, and scaled to it; no other token has it."""
     decoder = masked_decoder(NATURAL)
     decoder.training_distribution = Training((4,), context_noise=0.1)
-    decoder.decode(num_groups=4, overlap=0.5, steps=4, seed=0, cache=cache, context_time=0.1)
+    ask = {"num_groups": 4, "overlap": 0.5, "steps": 4, "seed": 0, "context_time": 0.1}
+    image = decoder.decode(cache=cache, **ask).image.flatten(1)
     for call in decoder.backbone.calls:
         finished = (call.t == 0.1).sum()
+        torch.testing.assert_close(call.x_t[:, :finished], 0.9 * image[:, :finished])
         assert (call.t[:finished] == 0.1).all()
         assert (call.t[finished:] > 0.2).all()
         queries = call.t[-len(call.sees) :] == 0.1
