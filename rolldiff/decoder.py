@@ -57,6 +57,7 @@ from rolldiff.errors import (
     whole_number,
 )
 from rolldiff.hub import Pretrained
+from rolldiff.likelihood import Likelihood, LikelihoodConfig, Teacher, encode, log_likelihood
 from rolldiff.nn.denoiser import Backbone, Denoiser, Guidance
 from rolldiff.nn.transformer import Transformer
 
@@ -480,6 +481,125 @@ class Decoder(Pretrained):
         config = configured(config, arguments, others=(*_RUN_OPTIONS, "frames", "preview"))
         run = self.prepare(cond, config, **options)
         return run.frames(frames, preview=preview)
+
+    def log_likelihood(
+        self,
+        image: Tensor,
+        cond: Any = None,
+        config: DecodeConfig | None = None,
+        *,
+        likelihood: LikelihoodConfig | None = None,
+        seed: int | torch.Generator | None = 0,
+        start_index: int = 0,
+        **overrides: Any,
+    ) -> Likelihood:
+        """The likelihood of images under the distribution that a decoding samples.
+
+        With `method="bound"` the result has a gradient where torch records one, so that
+        `-result.nats.mean()` is a loss; the clean groups are then shown in every call.
+
+        Args:
+            image: `[B, C, H, W]`, floating point, in [-1, 1].
+            cond: the condition, see `decode`.
+            config: group count, overlap, order and guidance; `steps` is the number of solver steps
+                per group to begin with. The solver is a Runge-Kutta method of fourth order.
+            likelihood: how it is computed.
+            seed: of the noise of dequantisation, probes and bound; see `decode`.
+            start_index: see `decode`. An image has the same noise alone and in a batch.
+            **overrides: fields of `DecodeConfig` and of `LikelihoodConfig` that replace those
+                above, such as `num_groups=4, method="bound"`.
+
+        Returns:
+            The bits per dimension of each image, with their errors and cost.
+
+        Raises:
+            UsageError: if an argument is out of range, a value of `image` is between the levels, or
+                a bidirectional backbone is asked for several groups.
+
+        Warns:
+            UserWarning: if the settings are outside the training distribution.
+        """
+        names = {f.name for f in fields(LikelihoodConfig)}
+        how = {name: overrides.pop(name) for name in list(overrides) if name in names}
+        config = configured(config, overrides, others=(*names, "likelihood", "seed", "start_index"))
+        if likelihood is None:
+            likelihood = LikelihoodConfig()
+        instance(likelihood, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
+        likelihood = replace(likelihood, **how)
+        image = check_image(image, self.layout).to(self.device, self.state_dtype)
+        teacher = self._teacher(image, cond, config)
+        return log_likelihood(
+            teacher,
+            image,
+            likelihood,
+            tokens=lambda x: self.layout.tokens(x)[:, teacher.order],
+            steps=config.steps,
+            samples=PerSampleNoise(seed, len(image), start_index=start_index),
+        )
+
+    def encode(
+        self,
+        image: Tensor,
+        cond: Any = None,
+        config: DecodeConfig | None = None,
+        *,
+        t_min: float = 1e-4,
+        **overrides: Any,
+    ) -> Float[Tensor, "B C H W"]:
+        """The noise of images by the probability-flow equation, for `decode(noise=…)`.
+
+        Decoding it gives the images up to the errors of both solvers, which fall with `steps`. With
+        few steps of Euler's solver, `editing.invert` inverts those very steps.
+
+        Args:
+            image: `[B, C, H, W]`, about [-1, 1].
+            cond: the condition, see `decode`.
+            config: the settings; `steps` of a Runge-Kutta method of fourth order per group.
+            t_min: the local time at which the flow leaves the data, in [1e-6, 0.5].
+            **overrides: fields of `DecodeConfig`, such as `num_groups=4`.
+
+        Raises:
+            UsageError: see `log_likelihood`.
+
+        Warns:
+            UserWarning: if the settings are outside the training distribution.
+        """
+        config = configured(config, overrides, others=("t_min",))
+        t_min = finite_number(t_min, "t_min", minimum=1e-6, maximum=0.5)
+        image = check_image(image, self.layout, unbounded=True)
+        teacher = self._teacher(image.to(self.device, self.state_dtype), cond, config)
+        noise = encode(teacher, steps=config.steps, t_min=t_min)
+        return self.layout.image(noise[:, teacher.order.argsort()])
+
+    def _teacher(self, image: Tensor, cond: Any, config: DecodeConfig) -> Teacher:
+        guidance, given = config.guidance, self.conditioning.split(cond)
+        assert isinstance(guidance, Guidance)  # DecodeConfig has turned numbers into one
+        if guidance.scale and not given:
+            raise UsageError(
+                f"guidance needs a condition, got guidance {guidance.scale} without cond"
+            )
+        for phrase in self.unseen(config, given.keys()):
+            warn_user(f"likelihood beyond what this checkpoint was trained for: {phrase}")
+        values = self.conditioning.validate(cond, len(image), image.device)
+        if guidance.scale:
+            values = concat(values, self.conditioning.null(len(image), image.device))
+        schedule = config.schedule(num_tokens=self.layout.num_tokens)
+        order = decode_order(config.order, self.layout.coords).to(image.device)
+        together = config.overlap == 1
+        return Teacher(
+            backbone=self.backbone,
+            noise=self.noise,
+            prediction=self.prediction,
+            x=self.layout.tokens(image)[:, order],
+            order=order,
+            group=schedule.group.to(image.device),
+            position=schedule.position.to(image),
+            num_groups=1 if together else config.num_groups,
+            overlap=0.0 if together else config.overlap,
+            values=values,
+            guidance=guidance,
+            context_time=config.context_time,
+        )
 
     @torch.no_grad()
     def prepare(

@@ -117,7 +117,7 @@ class Call(NamedTuple):
 
     x_t: Tensor  # [B, m]
     sees: Tensor  # [n, m]
-    t: Tensor  # [m]
+    t: Tensor  # [*B, m]
     order: Tensor  # [m], raster index
     mask: Tensor | None
 
@@ -126,12 +126,15 @@ class Shown:
     """The cache of a `MaskedGaussian`: what it was shown."""
 
     def __init__(self, batch: int, num_tokens: int) -> None:
-        self.length = 0
+        self.length, self.frozen = 0, False
         self.x_t = torch.zeros(batch, num_tokens, dtype=torch.float64)
         self.t = torch.zeros(num_tokens, dtype=torch.float64)
 
     def commit(self, length: int) -> None:
         self.length = length
+
+    def freeze(self) -> None:
+        self.frozen = True
 
 
 class MaskedGaussian(Backbone):
@@ -160,8 +163,11 @@ class MaskedGaussian(Backbone):
 
     def forward(self, x_t, time, context, *, start=0, mask=None, cache=None):
         n, m = x_t.shape[1], start + x_t.shape[1]
-        x, t = x_t[..., 0], time[:, 0].expand(n)
-        if cache is not None:
+        x, t = x_t[..., 0], time[..., 0].expand(*time.shape[:-2], n)
+        if cache is not None and cache.frozen:
+            before = cache.t[:start].expand(*t.shape[:-1], start)
+            x, t = torch.cat([cache.x_t[:, :start], x], 1), torch.cat([before, t], -1)
+        elif cache is not None:
             cache.x_t[:, start:m], cache.t[start:m] = x, t
             x, t = cache.x_t[:, :m], cache.t[:m]
         assert x.shape[1] == m, "keys that were neither shown nor kept"
@@ -170,11 +176,12 @@ class MaskedGaussian(Backbone):
         covariance = self.covariance[context[:m]][:, context[:m]]
         y = torch.zeros(len(x), n, dtype=x.dtype)
         for row in sees.unique(dim=0):
-            alpha, sigma = self.noise.alpha(t[row]), self.noise.sigma(t[row])
-            mixed = alpha[:, None] * covariance[row][:, row] * alpha + torch.diag(sigma**2)
+            alpha, sigma = self.noise.alpha(t[..., row]), self.noise.sigma(t[..., row])
+            mixed = alpha[..., :, None] * covariance[row][:, row] * alpha[..., None, :]
+            mixed = mixed + torch.diag_embed(sigma**2)
             here = (sees == row).all(1)
-            to_x = covariance[start:m][here][:, row] * alpha
-            y[:, here] = x[:, row] @ torch.linalg.solve(mixed, to_x.T)
+            to_x = covariance[start:m][here][:, row] * alpha[..., None, :]
+            y[:, here] = (x[:, None, row] @ torch.linalg.solve(mixed, to_x.mT))[:, 0]
         return y[..., None]
 
 

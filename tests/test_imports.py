@@ -19,6 +19,8 @@ LEVELS = [
     ["diffusion"],
     ["conditioning"],
     ["nn"],
+    ["likelihood"],
+    ["likelihood"],
     ["decoder"],
     ["editing", "tokenizer", "integrations"],
     ["data"],

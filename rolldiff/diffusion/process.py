@@ -94,6 +94,10 @@ class NoiseSchedule(ABC):
         """`2 log(alpha / sigma)`: plus infinity at t = 0, minus infinity at t = 1."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
+    @abstractmethod
+    def time(self, log_snr: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+        """The time at which the log-SNR has a value: the inverse of `log_snr`."""
+
     def add_noise(
         self, x: Float[Tensor, "*B N D"], eps: Float[Tensor, "*B N D"], t: Float[Tensor, "*T N"]
     ) -> Float[Tensor, "*B N D"]:
@@ -121,6 +125,9 @@ class Rectified(NoiseSchedule):
         rate = self.shift / self._scale(t) ** 2
         return -rate, rate
 
+    def time(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
+
 
 @dataclass(frozen=True)
 class Cosine(NoiseSchedule):
@@ -146,6 +153,9 @@ class Cosine(NoiseSchedule):
         c, q, norm = self._circle(t)
         rate = math.pi / 2 * self.shift / norm**3
         return -rate * self.shift * q, rate * c
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-log_snr / 2) / self.shift) * (2 / math.pi)
 
 
 class Estimate(NamedTuple):
@@ -282,6 +292,11 @@ class PerSampleNoise:
     def normal(self, *shape: int) -> Tensor:
         """Unit noise `[batch, *shape]` in float32 on the CPU."""
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in (0, 1), `[batch, *shape]`, in float64 on the CPU."""
+        u = [torch.rand(shape, generator=g, dtype=torch.float64) for g in self._generators]
+        return torch.stack(u).clamp(min=2.0**-53)
 
 
 def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:

@@ -89,7 +89,11 @@ class Backbone(nn.Module, ABC):
         """
 
     def make_cache(self, batch: int, context: Any, *, dtype: torch.dtype | None = None) -> Any:
-        """An empty cache for `batch` examples, or None if the network does not need or have one."""
+        """An empty cache for `batch` examples, or None if the network does not need or have one.
+
+        It has a `length`, `commit(length)` which sets it, and `freeze()`, after which calls read it
+        but write nothing, so that they can be differentiated.
+        """
         return None
 
     def required_prefix(self) -> dict[str, Int[Tensor, " N"]]:
@@ -130,8 +134,8 @@ class Guidance:
         object.__setattr__(self, "interval", interval)
 
     def weight(
-        self, position: Float[Tensor, " n"], t: Float[Tensor, " #n"]
-    ) -> float | Float[Tensor, "n 1"]:
+        self, position: Float[Tensor, " n"], t: Float[Tensor, "*B #n"]
+    ) -> float | Float[Tensor, "*B n 1"]:
         """`w` of tokens.
 
         Args:
@@ -144,7 +148,7 @@ class Guidance:
         w = self.scale * (self.ramp_from + (1 - self.ramp_from) * position)
         tolerance = 1e-6  # grid times are rounded to float32
         inside = (t >= low - tolerance) & (t <= high + tolerance)
-        return w.where(inside, 0.0)[:, None]
+        return w.where(inside, 0.0)[..., None]
 
 
 @dataclass(frozen=True)

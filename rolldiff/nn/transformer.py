@@ -45,9 +45,16 @@ class KVSlot(NamedTuple):
     v: Float[Tensor, "B heads n size"]
     k_all: Float[Tensor, "B heads m size"]  # up to the end of the span
     v_all: Float[Tensor, "B heads m size"]
+    frozen: bool = False  # whether nothing is written
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the span; return all that it may attend to."""
+        if self.frozen:
+            before = self.k_all.shape[2] - k.shape[2]
+            return (
+                torch.cat([self.k_all[:, :, :before], k], 2),
+                torch.cat([self.v_all[:, :, :before], v], 2),
+            )
         self.k.copy_(k)
         self.v.copy_(v)
         return self.k_all, self.v_all
@@ -79,12 +86,16 @@ class KVCache:
         ]
         self.blocks: Iterable[nn.Module] | None = None
         self._slots: tuple[slice, list[KVSlot]] | None = None
+        self._frozen = False
 
     def slots(self, span: slice) -> list[KVSlot]:
         """The views of every layer that a span uses."""
         if self._slots is None or self._slots[0] != span:  # decoding stays at a span for many steps
             slots = [
-                KVSlot(k[:, :, span], v[:, :, span], k[:, :, : span.stop], v[:, :, : span.stop])
+                KVSlot(
+                    *(k[:, :, span], v[:, :, span], k[:, :, : span.stop], v[:, :, : span.stop]),
+                    frozen=self._frozen,
+                )
                 for k, v in self.layers
             ]
             self._slots = span, slots
@@ -93,6 +104,10 @@ class KVCache:
     def commit(self, length: int) -> None:
         """Declare the first `length` tokens final: they will not be shown again."""
         self.length = length
+
+    def freeze(self) -> None:
+        """Write nothing from now on: calls have their own keys and values after those kept."""
+        self._frozen, self._slots = True, None
 
 
 class Context(NamedTuple):
@@ -216,7 +231,7 @@ class Transformer(Backbone):
         """See `Backbone.make_cache`."""
         if not self.causal:
             return None
-        num_tokens, width = self.pos_embed.shape
+        num_tokens, width = context.pos_embed.shape[-2:]
         shape = (batch, self.heads, num_tokens, width // self.heads)
         cache = KVCache(len(self.blocks), shape, self.pos_embed, dtype=dtype)
         compiled = any(block._compiled_call_impl is not None for block in self.blocks)

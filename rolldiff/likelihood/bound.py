@@ -1,0 +1,234 @@
+"""The variational bound in continuous time, along the schedule of the groups.
+
+    -log p(x) <= -E log p(x | x_s) + 1/2 int_s^1 |lambda'| sum_i E (eps_i - eps_i*)^2 dt
+
+(Kingma et al. 2021, VDM, eq. 11 and 15), where `lambda` is the log-SNR and the sum is over the
+tokens that move: a line integral of their denoising errors in their log-SNRs. The prior term is 0,
+because `alpha(1) = 0`. All windows of an image are evaluated in one call.
+
+The integral is a mean over random noise levels. They are drawn more often where the error matters,
+stratified over the samples and the windows; and the part of the error that is due to the noise
+alone, whose mean is known, is taken out as a control variate.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rolldiff.diffusion.process import (
+    NoiseSchedule,
+    PerSampleNoise,
+    coefficients,
+    loss_weight,
+)
+from rolldiff.likelihood.config import LikelihoodConfig
+from rolldiff.likelihood.teacher import Teacher
+
+__all__ = ["bound"]
+
+# Noise levels are drawn by a density of log-SNR that falls off as the error does on both sides: as
+# the SNR where there is much noise, not at all where there is little.
+LOG_SNR_KNEE = 0.0
+
+
+def bound(
+    teacher: Teacher,
+    image: Tensor,
+    config: LikelihoodConfig,
+    *,
+    tokens: Callable[[Tensor], Tensor],
+    samples: PerSampleNoise,
+    offset: int,
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """The bound of the log-likelihood; it has a gradient where torch records one.
+
+    Args:
+        teacher: the network, shown the images.
+        image: the images.
+        config: how.
+        tokens: from images to tokens in decode order, an orthonormal map.
+        samples: the noise of each image.
+        offset: where the windows of the first sample begin.
+
+    Returns:
+        The bound and its standard error.
+    """
+    noise, t_min = teacher.noise, config.first_time(teacher.noise)
+    first = torch.tensor(t_min, dtype=torch.float64)
+    scale = float(noise.sigma(first) / noise.alpha(first))  # of the noise at t_min, over the signal
+    numbers = image[0].numel()
+    values = []
+    golden = (math.sqrt(5) - 1) / 2
+    start = samples.uniform(1).to(image.device)  # [B, 1]
+    shares: dict[int, Tensor] = {}
+    for k in range(config.samples):
+        x, log_volume = image, 0.0
+        if config.dequantization == "uniform":
+            x = image + config.spacing * (samples.uniform(*image.shape[1:]).to(image) - 0.5)
+            log_volume = numbers * math.log(config.spacing)
+        if config.dequantization == "discretised":
+            eps = samples.normal(*image.shape[1:]).to(image)
+            reconstruction = _reconstruction(image, scale * eps, scale, levels=config.levels)
+        else:
+            entropy = (1 + math.log(2 * math.pi * scale**2)) / 2
+            reconstruction = torch.full_like(start[:, 0], numbers * entropy)
+        x = tokens(x)
+        total = reconstruction - log_volume
+        for i, plan in enumerate(_plans(teacher, offset + k)):
+            # One stratum per sample, and within it another place for every window.
+            w = torch.arange(plan.num_windows, device=x.device)
+            u = (k + torch.frac(start + golden * w)) / config.samples  # [B, W]
+            eps = samples.normal(*x.shape[1:]).to(x)
+            here, shares[i] = _errors(teacher, x, eps, plan, u=u, t_min=t_min, share=shares.get(i))
+            total = total + here
+        values.append(-total)
+    nats = torch.stack(values)  # [K, B]
+    # Successive samples are of neighbouring strata.
+    variance = nats.detach().diff(dim=0).square().mean(0) / (2 * config.samples)  # NaN of none
+    return nats.mean(0), variance.sqrt()
+
+
+class Plan(NamedTuple):
+    """How the groups are cut into windows that hold the same number of groups.
+
+    A group is at the place `i` of its window, and has the time `(i + phase) lag`.
+
+    Attributes:
+        window: of each token.
+        place: `i` of each token.
+        size: groups of a whole window.
+        lag: `l`, between two groups; 1 if a window is a single one.
+        low: the lowest phase with which a window holds so many groups.
+        high: the highest.
+    """
+
+    window: Int[Tensor, " N"]
+    place: Int[Tensor, " N"]
+    size: int
+    lag: float
+    low: float
+    high: float
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.window[-1]) + 1
+
+
+def _plans(teacher: Teacher, offset: int) -> Iterator[Plan]:
+    """A plan for every number of groups that a window can hold.
+
+    Over all offsets, every group meets every place of a window equally often.
+    """
+    group = teacher.group
+    if teacher.num_groups == 1:
+        zero = torch.zeros_like(group)
+        yield Plan(zero, zero, 1, 1.0, 0.0, 1.0)
+        return
+    lag = 1 - teacher.overlap
+    whole = math.floor(1 / lag + 1e-9)
+    share = max(0.0, 1 / lag - whole)  # of the phases with one group more
+    for size, low, high in ((whole + 1, 0.0, share), (whole, share, 1.0)):
+        if high - low > 1e-9:
+            shifted = group + offset % size
+            yield Plan(shifted // size, shifted % size, size, lag, low, high)
+
+
+def _errors(
+    teacher: Teacher,
+    x: Float[Tensor, "B N D"],
+    eps: Float[Tensor, "B N D"],
+    plan: Plan,
+    *,
+    u: Float[Tensor, "B W"],
+    t_min: float,
+    share: Float[Tensor, "B size"] | None,
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B size"]]:
+    """`1/2 int |lambda'| sum_i (eps_i - eps_i*)^2 dt` of a plan, at one noise level per window.
+
+    Returns:
+        The sum, and for every place in a window the share of its error due to its own noise.
+    """
+    noise, prediction = teacher.noise, teacher.prediction
+    span = 1 - t_min
+    phase, density = _draw_phase(u, plan, noise, t_min=t_min)  # [B, W] each
+    t = t_min + span * plan.lag * (plan.place + phase[:, plan.window])  # [B, N]
+    weight = span * plan.lag * plan.size / density[:, plan.window]
+    inside = t < 1
+    t = t.clamp(max=1 - 1e-9)
+    x_t = noise.add_noise(x, eps, t.to(x)).to(x)
+    single = plan.num_windows == 1
+    predict = (
+        teacher.together()
+        if single
+        else teacher.windows(plan.window, cached=not torch.is_grad_enabled())
+    )
+    y = predict(x_t, t.to(x))
+    a, b = (part[..., None].to(x) for part in coefficients(prediction, noise, t))
+    miss = ((a * x + b * eps) - y).double()
+    factor = loss_weight(prediction, noise, t, space="eps")
+    error = factor * miss.square().sum(-1)
+    # Some share of the error is that of the noise itself, whose mean is known. The share of the
+    # sample before, in the next stratum, is independent of this noise.
+    if share is None:
+        known = torch.sigmoid(noise.log_snr(t) - LOG_SNR_KNEE)
+    else:
+        known = share[:, plan.place]
+    error = error - known * (eps.double().square() - 1).sum(-1)
+    d_alpha, d_sigma = noise.rates(t)
+    slope = d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t)  # |lambda'| / 2
+    total = (weight * slope * error).where(inside, 0.0).sum(1)
+    sign = torch.where(b * noise.alpha(t)[..., None] > a * noise.sigma(t)[..., None], 1.0, -1.0)
+    here = factor.sqrt() * (sign * miss * eps).detach().mean(-1)  # [B, N]
+    places = F.one_hot(plan.place, plan.size).double()
+    count = places.sum(0)
+    means = (here @ places / count.clamp(min=1)).clamp(0, 1)
+    return total, means if share is None else means.where(count > 0, share)
+
+
+def _draw_phase(
+    u: Float[Tensor, "B W"], plan: Plan, noise: NoiseSchedule, *, t_min: float
+) -> tuple[Tensor, Tensor]:
+    """Phases in `low … high`, and their density.
+
+    The log-SNR of the first group of a window is drawn with a density like the error's. If a window
+    holds more than one group, half of the phases are uniform instead, for the others.
+    """
+    span = (1 - t_min) * plan.lag
+    low, high = (t_min + span * end for end in (plan.low, plan.high))
+    ends = noise.log_snr(torch.tensor([high, low], dtype=torch.float64, device=u.device))
+    bottom, top = F.softplus(ends - LOG_SNR_KNEE)  # bottom is 0 at t = 1
+    mixed = plan.size > 1
+    v = torch.frac(2 * u) if mixed else u
+    area = (bottom + v * (top - bottom)).clamp(min=1e-12)
+    t = noise.time(area + torch.log(-torch.expm1(-area)) + LOG_SNR_KNEE)  # softplus inverted
+    phase = ((t - t_min) / span).clamp(plan.low, plan.high)
+    if mixed:
+        phase = phase.where(u < 0.5, plan.low + v * (plan.high - plan.low))
+    t = (t_min + span * phase).clamp(max=1 - 1e-9)
+    log_snr = noise.log_snr(t)
+    d_alpha, d_sigma = noise.rates(t)
+    slope = 2 * (d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t))
+    density = torch.sigmoid(log_snr - LOG_SNR_KNEE) / (top - bottom) * slope * span
+    if mixed:
+        density = (density + 1 / (plan.high - plan.low)) / 2
+    return phase, density
+
+
+def _reconstruction(
+    image: Float[Tensor, "B C H W"], noise: Tensor, scale: float, *, levels: int
+) -> Float[Tensor, " B"]:
+    """`-log p(x | x_s)`, each level around a noisy value as likely as its distance says."""
+    spacing = 2 / (levels - 1)
+    k = (image.double() + 1) / spacing
+    reach = min(levels - 1, math.ceil(10 * scale / spacing))
+    total = torch.full_like(k, -torch.inf)
+    for shift in range(-reach, reach + 1):
+        exists = (k + shift > -0.5) & (k + shift < levels - 0.5)
+        log_ratio = (noise.double().square() - (noise.double() - shift * spacing).square()) / 2
+        total = torch.logaddexp(total, (log_ratio / scale**2).where(exists, -torch.inf))
+    return total.flatten(1).sum(1)
