@@ -8,6 +8,7 @@ from rolldiff.diffusion.process import Cosine, Rectified
 from rolldiff.diffusion.sampler import DDIM, AdamsBashforth2, Euler, Heun, Midpoint
 from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.diffusion.timesteps import TrainingDistribution
+from rolldiff.likelihood import Likelihood, LikelihoodConfig
 from rolldiff.nn.denoiser import Guidance
 from rolldiff.nn.transformer import Transformer
 
@@ -26,6 +27,8 @@ __all__ = [
     "GroupSchedule",
     "Guidance",
     "Heun",
+    "Likelihood",
+    "LikelihoodConfig",
     "Midpoint",
     "Patches",
     "Rectified",

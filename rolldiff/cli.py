@@ -50,6 +50,7 @@ usage: rolldiff COMMAND [key=value ...]
   decode    decode images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
   generate  generate codes and decode them: rolldiff generate prior=RUN tokenizer=RUN out=stream.gif
   bench     measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
+  likelihood  bits per dimension by groups: rolldiff likelihood ckpt=RUN num_groups=[1,4,16]
 
 rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints their values.
 """
@@ -213,11 +214,22 @@ def bench(cfg: DictConfig) -> None:
     print(run(cfg, conf=config_dir()) / "report.md")
 
 
+def likelihood(cfg: DictConfig) -> None:
+    """Print the bits per dimension of images by group count, overlap and order."""
+    from rolldiff.evaluation.bits import likelihood_table
+    from rolldiff.evaluation.sweep import run_data
+
+    if cfg.ckpt is None:
+        raise UsageError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
+    print(likelihood_table(cfg, run_data(cfg)))
+
+
 COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
     "train": train,
     "decode": decode,
     "generate": generate,
     "bench": bench,
+    "likelihood": likelihood,
 }
 
 

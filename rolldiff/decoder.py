@@ -579,7 +579,7 @@ class Decoder(Pretrained):
                 f"guidance needs a condition, got guidance {guidance.scale} without cond"
             )
         for phrase in self.unseen(config, given.keys()):
-            warn_user(f"likelihood beyond what this checkpoint was trained for: {phrase}")
+            warn_user(f"decoding beyond what this checkpoint was trained for: {phrase}")
         values = self.conditioning.validate(cond, len(image), image.device)
         if guidance.scale:
             values = concat(values, self.conditioning.null(len(image), image.device))

@@ -34,6 +34,7 @@ from rolldiff import (
     Training,
 )
 from rolldiff.cli import config_dir
+from rolldiff.data import Digits
 from rolldiff.decoder import Cost, DecodeOutput
 from rolldiff.errors import UsageError
 from rolldiff.evaluation import report
@@ -51,6 +52,7 @@ from rolldiff.evaluation.report import config_label, pareto_front
 from rolldiff.evaluation.results import SETTINGS, Results, Timings
 from rolldiff.evaluation.sweep import bench, grid, match_cost
 from rolldiff.files import locked
+from rolldiff.likelihood import LikelihoodConfig
 
 ASK = {
     "num_groups": [1, 4],
@@ -70,6 +72,10 @@ TINY = [
     "bench.seeds=[0,1]",
     "bench.features=[pixels]",
     "bench.pairs=40",
+    "bench.likelihood=bound",
+    "bench.likelihood_images=30",
+    "likelihood.levels=17",
+    "likelihood.samples=2",
 ]
 
 
@@ -90,7 +96,7 @@ def run(tmp_path_factory):
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     decoder.save_pretrained(folder)
-    data = {"_target_": "rolldiff.data.Digits"}
+    data = {"_target_": "rolldiff.data.Digits", "image_size": 8, "channels": 1, "held_out": 0.5}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml({"data": data}))
     return folder
 
@@ -231,6 +237,26 @@ def test_a_bench_leaves_results_a_report_and_pictures(whole):
     assert len(rows) == 2 + 2 * 2
     assert all(re.search(r"\| \**\d+\** \| \**\d+\** \| .* ± ", row) for row in rows)
     assert "**" in rows[0], "the cheapest configuration is on the front"
+
+
+def test_likelihoods_are_those_of_images_that_are_held_out(run, whole):
+    data = Digits(image_size=8, channels=1, held_out=0.5)
+    image, label = data.held_out_images
+    assert len(image) == 1797 // 2
+    assert not (image.flatten(1)[:, None] == data.image.flatten(1)[:50]).all(-1).any()
+    chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))[:30]
+    how = LikelihoodConfig(method="bound", levels=17, samples=2)
+    decoder = Decoder.from_pretrained(run)
+    with torch.no_grad():
+        found = decoder.log_likelihood(
+            image[chosen], label[chosen], num_groups=2, overlap=0.5, likelihood=how, seed=1
+        )
+    records = map(json.loads, lines(whole))
+    here = next(r for r in records if (r["num_groups"], r["overlap"]) == (2, 0.5))
+    assert here["likelihood"]["images"] == 30
+    bits = here["metrics"]["bits_per_dim_bound"]
+    assert bits["values"][1] == pytest.approx(float(found.bits_per_dim.mean()), rel=1e-5)
+    assert "bits_per_dim_bound" in (whole / "report.md").read_text()
 
 
 def test_operations_are_those_of_the_tokens(whole):
@@ -560,7 +586,7 @@ def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
     fine |= {("guidance", -1)}
     fine |= {(key, text) for key in record for text in ("", "1") if isinstance(record[key], str)}
     fine -= {(key, text) for key in ("order", "solver") for text in ("", "1")}
-    fine |= {("match", ""), ("commit", "")}
+    fine |= {("match", ""), ("commit", ""), ("likelihood", None)}
     refused = 0
     for key in record:
         for value in WRONG:
@@ -573,6 +599,9 @@ def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
                 read(path)
             refused += 1
         path = change(without(key))
+        if key == "likelihood":  # older lines have none
+            assert read(path).records[1]["likelihood"] is None
+            continue
         words = "method None" if key == "method" else f"is damaged: {key} must be given"
         with pytest.raises(UsageError, match=words):
             read(path)
@@ -732,7 +761,7 @@ def photos(folder, count=12):
 
 
 def test_a_classifier_of_one_class_does_not_lead_a_report(run, tmp_path):
-    data = photos(tmp_path / "photos")
+    data = [*photos(tmp_path / "photos"), "likelihood.levels=256"]
     with pytest.warns(UserWarning, match="leaves out classifier.*two classes"):
         bench(
             ask(run, tmp_path / "new", *data, "bench.features=[classifier,pixels]"),
@@ -863,7 +892,7 @@ def test_the_data_of_a_run_of_version_0_1_are_read(run, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     data = {"_target_": "rolldiff.data.Digits", "reference": 60, "corrupt": "skip"}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"data": data}))
-    short = ("bench.num_groups=[1]", "bench.steps=[2]")
+    short = ("bench.num_groups=[1]", "bench.steps=[2]", "bench.likelihood=null")
     bench(ask(tmp_path, tmp_path / "new", *short), conf=config_dir())
     (line,) = lines(tmp_path / "new")
     assert json.loads(line)["reference_images"] == 60

@@ -191,6 +191,13 @@ def refused(status, stderr, words):
         (["decode", "ckpt=good", "out=no/such/a.png"], "out must be in a folder that exists"),
         (["decode", "ckpt=good", "dtype=fast"], "dtype must be float32, bfloat16"),
         (["decode", "ckpt=good", "dtype=float64"], "dtype must be torch.bfloat16 or"),
+        (["likelihood"], "ckpt must be"),
+        (["likelihood", "ckpt=good", "data=digits"], "image must hold 256 levels"),
+        (["likelihood", "ckpt=good", "data=digits", "images=0"], "images must be"),
+        (["likelihood", "ckpt=good", "data=digits", "overlap=2"], "overlap must be"),
+        (["likelihood", "ckpt=good", "data=digits", "num_groups=[17]"], "num_groups must be"),
+        (["likelihood", "ckpt=good", "data=digits", "likelihood.probes=0"], "probes must be"),
+        (["likelihood", "ckpt=good", "data=digits", "likelihood.method=exact"], "method must be"),
         (["decode", "ckpt=cut"], "damaged"),
         (["decode", "ckpt=foreign.ckpt"], "not a checkpoint of this library"),
     ],
@@ -294,6 +301,22 @@ def test_every_setting_of_a_decoding_reaches_it(tmp_path, monkeypatch):
         num_groups=4, overlap=0.5, steps=7, order="random:1", solver=DDIM(0.5), guidance=2
     )
     assert (seen["cond"].tolist(), seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
+
+
+def test_likelihood_prints_a_table(trained):
+    run, _ = trained
+    settings = "num_groups=[1,4,16] overlap=[0,0.5] images=12 batch_size=5 likelihood.levels=17"
+    done = rolldiff("likelihood", f"ckpt={run}", *settings.split(), cwd=run)
+    assert "data.held_out=0.1" in done.stderr  # the run's data hold none out
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [
+        "| 1 group",
+        "| 4 groups, overlap 0",
+        "| 16 groups, overlap 0",
+        "| 4 groups, overlap 0.5",
+        "| 16 groups, overlap 0.5",
+    ]
+    assert all(0 < float(row[1].split()[0]) < 20 for row in rows)
 
 
 def test_a_training_is_quiet_in_a_pipe(trained):

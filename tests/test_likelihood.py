@@ -325,7 +325,7 @@ def test_refused_images(make):
 
 def test_a_likelihood_outside_of_the_training_warns(make):
     decoder = make()
-    with pytest.warns(UserWarning, match="likelihood beyond what this checkpoint was trained for"):
+    with pytest.warns(UserWarning, match="decoding beyond what this checkpoint was trained for"):
         decoder.log_likelihood(
             torch.zeros(1, 1, 8, 8) - 1, order="centre_out", num_groups=2, tolerance=None, steps=1
         )

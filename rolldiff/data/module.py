@@ -159,6 +159,11 @@ class Images(L.LightningDataModule, ABC):
         """Their labels."""
         return self._reference[1]
 
+    @property
+    def held_out_images(self) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]:
+        """The images that are never trained on, 2,000 at random if there are more; their labels."""
+        return self._dataset[self._some(self._split[1], FEW)]
+
     def train_dataloader(self) -> Any:
         train = self._split[0]
         sampler = ResumableSampler(

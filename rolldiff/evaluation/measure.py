@@ -34,6 +34,7 @@ from rolldiff.evaluation.metrics import (
     precision_recall,
     seam_ratio,
 )
+from rolldiff.likelihood import LikelihoodConfig
 
 __all__ = [
     "Evaluator",
@@ -148,6 +149,8 @@ class Evaluator:
         seeds: of the noise.
         batch_size: images decoded at a time.
         pairs: images of each side, at most, in metrics of pairs of images or of pixels.
+        likelihood: how bits per dimension are computed; None for none.
+        held_out: the images whose bits per dimension are computed, and their labels.
         dtype: what the network computes in, see `Decoder.decode`.
         processes: the processes that share the work.
     """
@@ -163,6 +166,8 @@ class Evaluator:
     pairs: int
     dtype: torch.dtype | None
     processes: "Processes"
+    likelihood: LikelihoodConfig | None = None
+    held_out: tuple[Float[Tensor, "M C H W"], Int[Tensor, " M"]] | None = None
 
     @cached_property
     def order(self) -> Int[Tensor, " N"]:
@@ -182,6 +187,7 @@ class Evaluator:
             *(f"kd_{name}" for name in names),
             *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
             "by_band",
+            *([] if self.likelihood is None else [self.likelihood.metric]),
         ]
 
     def decode(
@@ -210,8 +216,9 @@ class Evaluator:
         full: list[_Batch] = []
         for seed in self.seeds:  # images of one seed are in memory at a time
             batches = self._batches(config, seed)
+            bits = self._bits_per_dim(config, seed)
             if self.processes.is_main:
-                values.append(self._metrics(config, batches))
+                values.append(self._metrics(config, batches) | bits)
                 empty = torch.empty(0)  # the images of earlier seeds are not kept
                 full += [
                     b._replace(image=empty, features={})
@@ -262,6 +269,28 @@ class Evaluator:
         bands = min(BANDS, image.shape[2])
         metrics["by_band"] = band_distances(self.part(self.image), image[: self.pairs], bands=bands)
         return metrics
+
+    def _bits_per_dim(self, config: DecodeConfig, seed: int) -> dict[str, float]:
+        """The mean over the held-out images, by the name of the metric; empty without."""
+        if self.likelihood is None or self.held_out is None:
+            return {}
+        image, label = self.held_out
+        starts = range(0, len(image), self.batch_size)
+        found = []
+        for n in self.processes.shard(len(starts)):
+            part = slice(starts[n], starts[n] + self.batch_size)
+            with torch.no_grad():
+                result = self.decoder.log_likelihood(
+                    image[part],
+                    None if self.label is None else label[part],
+                    config,
+                    likelihood=self.likelihood,
+                    seed=seed,
+                    start_index=starts[n],
+                )
+            found.append(result.bits_per_dim.cpu())
+        gathered = self.processes.gather(found)
+        return {self.likelihood.metric: float(torch.cat(gathered).mean())} if gathered else {}
 
     def _pixel_groups(self, config: DecodeConfig) -> Int[Tensor, "H W"] | None:
         """The group of each pixel; None if there are no seams: one group, or a group per pixel."""

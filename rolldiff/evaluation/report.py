@@ -200,6 +200,7 @@ def _other_metrics(evaluator: Evaluator) -> list[str]:
         *(f"kd_{name}" for name in names),
         *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
         "seams",
+        *([] if evaluator.likelihood is None else [evaluator.likelihood.metric]),
     ]
 
 

@@ -21,6 +21,7 @@ from rolldiff.diffusion.schedule import decode_order
 from rolldiff.errors import UsageError, finite_number, reason, whole_number
 from rolldiff.evaluation.measure import mean_std
 from rolldiff.files import write_text
+from rolldiff.likelihood import LikelihoodConfig
 
 __all__ = ["METHOD", "SETTINGS", "Results", "Timings", "config_of", "settings_of"]
 
@@ -269,6 +270,19 @@ def _fit(value: Any, name: str) -> tuple[float, float]:
     )
 
 
+def _likelihood(value: Any, name: str) -> None:
+    """None, or how bits per dimension were computed and of which images."""
+    if value is None:
+        return
+    settings = dict(_items(value, name))
+    _count(settings.pop("images", None), f"{name}.images")
+    _text(settings.pop("held_out", None), f"{name}.held_out")
+    try:
+        LikelihoodConfig(**settings)
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"{name} must be settings of a likelihood: {error}") from error
+
+
 FIELDS: dict[str, Check] = {
     "num_groups": _count,
     "overlap": partial(finite_number, minimum=0, maximum=1),
@@ -295,6 +309,7 @@ FIELDS: dict[str, Check] = {
     "data": _text,
     "reference_images": _count,
     "match": _optional,
+    "likelihood": _likelihood,
     "processes": _count,
     "threads": _count,
     "versions": _texts,
@@ -304,6 +319,8 @@ FIELDS: dict[str, Check] = {
 
 def _checked(record: Record, *, layout: Layout, solvers: Mapping[str, Solver]) -> Record:
     """A record whose values are of the types and in the ranges that `bench` writes."""
+    older: Record = {"likelihood": None}
+    record = older | record
     for name, check in FIELDS.items():
         if name not in record:
             raise UsageError(f"{name} must be given, got a line without it")

@@ -28,7 +28,8 @@ from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.diffusion.sampler import Solver
 from rolldiff.diffusion.schedule import Order, decode_order
-from rolldiff.errors import UsageError, finite_number, reason, warn_user, whole_number
+from rolldiff.errors import UsageError, finite_number, instance, reason, warn_user, whole_number
+from rolldiff.evaluation.bits import SEEN, held_out
 from rolldiff.evaluation.features import (
     Extractor,
     as_extractor,
@@ -48,9 +49,11 @@ from rolldiff.evaluation.report import config_label, write_report
 from rolldiff.evaluation.results import METHOD, Results, Timings
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts
 from rolldiff.hub import read_checkpoint
+from rolldiff.likelihood import LikelihoodConfig
+from rolldiff.likelihood.config import check_levels
 from rolldiff.trust import DATA, read_run_config, trusted_prefixes
 
-__all__ = ["Match", "bench", "grid", "match_cost"]
+__all__ = ["Match", "bench", "grid", "match_cost", "run_data"]
 
 Match = Literal["nfe", "tokens", "seconds"]
 Record = dict[str, Any]
@@ -94,7 +97,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
             if group.is_main:
                 path = folder / RESULTS
                 results = Results(path, layout=decoder.layout, solvers=sweep.solvers)
-            data = _data(cfg)
+            data = run_data(cfg)
             evaluator = _evaluator(cfg, sweep, decoder=decoder, data=data, group=group)
             if results is not None:
                 results.require(_same(evaluator, cfg), metrics=evaluator.metric_names)
@@ -277,6 +280,8 @@ class _Sweep:
         batch_size: images decoded at a time.
         pairs: images, at most, in metrics of pairs.
         features: names of extractors.
+        likelihood: how bits per dimension are computed; None for none.
+        likelihood_images: of how many images, at most.
     """
 
     configs: list[DecodeConfig]
@@ -287,6 +292,8 @@ class _Sweep:
     batch_size: int
     pairs: int
     features: list[str]
+    likelihood: LikelihoodConfig | None
+    likelihood_images: int
 
 
 def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
@@ -347,7 +354,17 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         batch_size=whole_number(swept.get("batch_size"), "bench.batch_size", minimum=2),
         pairs=whole_number(swept.get("pairs"), "bench.pairs", minimum=MIN_IMAGES),
         features=features,
+        likelihood=_likelihood(cfg, swept.get("likelihood")),
+        likelihood_images=whole_number(swept.get("likelihood_images"), "bench.likelihood_images"),
     )
+
+
+def _likelihood(cfg: DictConfig, method: Any) -> LikelihoodConfig | None:
+    if method is None:
+        return None
+    _one_of(method, "bench.likelihood", known=("ode", "bound"))
+    how = instantiate(cfg.likelihood, method=method, _convert_="all")
+    return instance(how, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
 
 
 def _plain(cfg: DictConfig, name: str) -> dict[str, Any]:
@@ -435,7 +452,21 @@ def _evaluator(
         pairs=sweep.pairs,
         dtype=named_dtype(cfg.dtype),
         processes=group,
+        likelihood=sweep.likelihood,
+        held_out=None if sweep.likelihood is None else _held_out(cfg, sweep, source),
     )
+
+
+def _held_out(cfg: DictConfig, sweep: _Sweep, source: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images whose likelihood is measured, and their labels."""
+    image, label = held_out(source)
+    if not cfg.get("data") and not source.held_out:
+        warn_user(SEEN)
+    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))
+    chosen = order[: sweep.likelihood_images]
+    if sweep.likelihood is not None and sweep.likelihood.dequantization is not None:
+        check_levels(image[chosen], sweep.likelihood.levels)
+    return image[chosen], label[chosen]
 
 
 def _usable(
@@ -469,7 +500,7 @@ def _extractor(
     return as_extractor(made, name=name)
 
 
-def _data(cfg: DictConfig) -> DictConfig:
+def run_data(cfg: DictConfig) -> DictConfig:
     """The settings of the data: those of the command, or those that the run was trained with."""
     if cfg.get("data"):
         return cfg.data
@@ -528,6 +559,18 @@ def _same(evaluator: Evaluator, cfg: DictConfig) -> Record:
         "pairs": evaluator.pairs,
         "device": device_name(evaluator.decoder.device),
         "dtype": str(cfg.dtype or "default"),
+        "likelihood": _likelihood_of(evaluator),
+    }
+
+
+def _likelihood_of(evaluator: Evaluator) -> Record | None:
+    """How bits per dimension are computed, and of which images."""
+    if evaluator.likelihood is None or evaluator.held_out is None:
+        return None
+    image, _ = evaluator.held_out
+    return asdict(evaluator.likelihood) | {
+        "images": len(image),
+        "held_out": short_hash({"image": image}),
     }
 
 

@@ -77,6 +77,11 @@ class LikelihoodConfig:
             object.__setattr__(self, "t_min", t_min)
 
     @property
+    def metric(self) -> str:
+        """The name of the bits per dimension in a benchmark."""
+        return f"bits_per_dim_{self.method}"
+
+    @property
     def spacing(self) -> float:
         """`2 / (L - 1)`, the distance between two levels."""
         return 2 / (self.levels - 1)
