@@ -30,6 +30,7 @@ from rolldiff.diffusion.layout import Layout, Patches, check_layout, same_layout
 from rolldiff.diffusion.process import (
     MAX_IMAGES,
     Estimate,
+    LossSpace,
     NoiseSchedule,
     PerSampleNoise,
     Prediction,
@@ -189,7 +190,8 @@ class Decoder(Pretrained):
         backbone: the network.
         noise: the noise schedule.
         prediction: what the backbone predicts.
-        loss_space: the space of the squared error.
+        loss_space: the space of the squared error; `bound` weights it as the variational bound of
+            the likelihood does.
         training: the settings that training draws. Decoding outside of them warns.
 
     Raises:
@@ -205,7 +207,7 @@ class Decoder(Pretrained):
         *,
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
-        loss_space: Prediction = "velocity",
+        loss_space: LossSpace = "velocity",
         training: TrainingDistribution = TrainingDistribution(),
     ) -> None:
         super().__init__()
@@ -213,10 +215,11 @@ class Decoder(Pretrained):
         instance(backbone, Backbone, "backbone", "a Backbone such as a Transformer")
         instance(noise, NoiseSchedule, "noise", "a noise schedule such as Rectified()")
         instance(training, TrainingDistribution, "training", "a TrainingDistribution")
-        for name, space in (("prediction", prediction), ("loss_space", loss_space)):
-            if not isinstance(space, str) or space not in get_args(Prediction):
+        spaces = {"prediction": (prediction, Prediction), "loss_space": (loss_space, LossSpace)}
+        for name, (space, kinds) in spaces.items():
+            if not isinstance(space, str) or space not in get_args(kinds):
                 raise UsageError(
-                    f"{name} must be one of {', '.join(get_args(Prediction))}, got {shown(space)}"
+                    f"{name} must be one of {', '.join(get_args(kinds))}, got {shown(space)}"
                 )
         theirs = getattr(backbone, "layout", layout)
         if not same_layout(theirs, layout):
@@ -238,7 +241,7 @@ class Decoder(Pretrained):
         self.backbone = backbone
         self.noise = noise
         self.prediction: Prediction = prediction
-        self.loss_space: Prediction = loss_space
+        self.loss_space: LossSpace = loss_space
         self.training_distribution = training
 
     @classmethod

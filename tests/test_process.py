@@ -95,6 +95,24 @@ def test_the_loss_space_is_a_weight(noise, kind, loss):
     torch.testing.assert_close(direct, weighted)
 
 
+@pytest.mark.parametrize("noise", NOISES, ids=repr)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_of_the_bound_is_half_the_slope_of_the_log_snr(noise, kind):
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(noise.log_snr(t).sum(), t)
+    t = t.detach()
+    expected = -slope / 2 * loss_weight(kind, noise, t, space="eps")
+    torch.testing.assert_close(loss_weight(kind, noise, t, space="bound"), expected)
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=repr)
+def test_time_is_the_inverse_of_the_log_snr(noise):
+    t = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    torch.testing.assert_close(noise.time(noise.log_snr(t)), t)
+    assert noise.time(torch.tensor(-torch.inf)) == 1
+    assert noise.time(torch.tensor(torch.inf)) < 1e-15
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pure_noise_has_a_finite_estimate(kind):
     y, x_t = torch.randn(2, 1, 2, 3)

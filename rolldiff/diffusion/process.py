@@ -37,6 +37,7 @@ __all__ = [
     "Cosine",
     "Estimate",
     "Inverse",
+    "LossSpace",
     "NoiseSchedule",
     "PerSampleNoise",
     "Prediction",
@@ -57,6 +58,7 @@ MAX_SEED = 2**128 - 1
 MAX_IMAGES = 2**20  # of one decoding: each has a generator, of 5 kB
 
 Prediction = Literal["x", "eps", "v", "velocity"]
+LossSpace = Literal["x", "eps", "v", "velocity", "bound"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,14 @@ class NoiseSchedule(ABC):
         """`2 log(alpha / sigma)`: plus infinity at t = 0, minus infinity at t = 1."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
-    @abstractmethod
     def time(self, log_snr: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
-        """The time at which the log-SNR has a value: the inverse of `log_snr`."""
+        """The inverse of `log_snr`, by bisection."""
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        for _ in range(64):
+            middle = (low + high) / 2
+            later = self.log_snr(middle) > log_snr
+            low, high = middle.where(later, low), high.where(later, middle)
+        return (low + high) / 2
 
     def add_noise(
         self, x: Float[Tensor, "*B N D"], eps: Float[Tensor, "*B N D"], t: Float[Tensor, "*T N"]
@@ -125,9 +132,6 @@ class Rectified(NoiseSchedule):
         rate = self.shift / self._scale(t) ** 2
         return -rate, rate
 
-    def time(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
-
 
 @dataclass(frozen=True)
 class Cosine(NoiseSchedule):
@@ -153,9 +157,6 @@ class Cosine(NoiseSchedule):
         c, q, norm = self._circle(t)
         rate = math.pi / 2 * self.shift / norm**3
         return -rate * self.shift * q, rate * c
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(-log_snr / 2) / self.shift) * (2 / math.pi)
 
 
 class Estimate(NamedTuple):
@@ -230,9 +231,17 @@ def to_x_eps(y: Float[Tensor, "B N D"], x_t: Float[Tensor, "B N D"], by: Inverse
 
 
 def loss_weight(
-    prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"], *, space: Prediction
+    prediction: Prediction, noise: NoiseSchedule, t: Float[Tensor, "*T"], *, space: LossSpace
 ) -> Float[Tensor, "*T"]:
-    """`(det_space / det_prediction)^2`: a squared error of `prediction` in the space of another."""
+    """`(det_space / det_prediction)^2`: a squared error of `prediction` in the space of another.
+
+    In the space `bound` it is the integrand of the variational bound, `|lambda'| / 2` times the
+    error of the noise (Kingma et al. 2021, VDM, eq. 15).
+    """
+    if space == "bound":
+        d_alpha, d_sigma = noise.rates(t)
+        slope = d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t)  # |lambda'| / 2
+        return slope * loss_weight(prediction, noise, t, space="eps")
     return (_determinant(space, noise, t) / _determinant(prediction, noise, t)) ** 2
 
 
@@ -245,7 +254,7 @@ def denoising_loss(
     moving: Bool[Tensor, "B N"],
     noise: NoiseSchedule,
     prediction: Prediction,
-    space: Prediction,
+    space: LossSpace,
 ) -> Float[Tensor, ""]:
     """The mean squared error of a prediction over the moving tokens, in a given space.
 
