@@ -7,6 +7,8 @@ that a decoding meets. Windows do not see each other, so all of them move in one
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -103,24 +105,14 @@ class Teacher:
             cached: whether the clean tokens are shown once; otherwise in every call, with their
                 gradient.
         """
-        num_tokens, backbone = len(self.order), self.backbone
-        context = backbone.prepare(self.order.repeat(2), self.values)
-        clean, clean_time = self._clean()
-        sees_clean = window[:, None] > window
-        sees_noisy = window[:, None] == window
-        to_clean = attention_mask(self.group, self.group).to(self.x)
-        to_noisy = torch.zeros_like(to_clean).masked_fill(~sees_noisy, -torch.inf)
-        noisy_to_clean = torch.zeros_like(to_clean).masked_fill(~sees_clean, -torch.inf)
-        mask = torch.cat([noisy_to_clean, to_noisy], 1)  # [N, 2N]
-        cache = None
-        if cached:
-            cache = backbone.make_cache(self._rows, context, dtype=self.x.dtype)
-        if cache is not None:
-            with torch.no_grad():
-                backbone(clean, clean_time, context, mask=to_clean, cache=cache)
-            cache.freeze()
-            self.work.nfe += 1
+        num_tokens, backbone, context = len(self.order), self.backbone, self._twice
+        cache = self._cache_of_twice if cached else None
+        clean, clean_time = self._clean
+        before, same = window[:, None] > window, window[:, None] == window
+        to_clean = self._clean_mask
         hidden = torch.full_like(to_clean, -torch.inf)
+        shown = torch.zeros_like(to_clean)
+        mask = torch.cat([shown.where(before, hidden), shown.where(same, hidden)], 1)  # [N, 2N]
         both = torch.cat([torch.cat([to_clean, hidden], 1), mask])  # [2N, 2N]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -140,14 +132,7 @@ class Teacher:
         """The prediction of a span of tokens, which see each other and the clean ones before."""
         backbone = self.backbone
         context = backbone.prepare(self.order, self.values)
-        clean, clean_time = self._clean()
-        mask = attention_mask(self.group, self.group).to(self.x)
-        cache = backbone.make_cache(self._rows, context, dtype=self.x.dtype)
-        if cache is not None:
-            with torch.no_grad():
-                backbone(clean, clean_time, context, mask=mask, cache=cache)
-            cache.freeze()
-            self.work.nfe += 1
+        cache, (clean, clean_time) = self._cache(context), self._clean
 
         def of(span: slice) -> Predict:
             def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -171,14 +156,37 @@ class Teacher:
 
         return of
 
-    @property
-    def _rows(self) -> int:
-        return len(self.x) * (2 if self.guidance.scale else 1)
-
-    def _clean(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _clean(self) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "1 E"]]:
+        """The clean tokens as they are shown, and their embedded time."""
         t = torch.full((1,), self.context_time, dtype=torch.float64, device=self.x.device)
         alpha = self.noise.alpha(t).to(self.x)
         return alpha * self.x, self.backbone.embed_time(t.to(self.x))
+
+    @cached_property
+    def _clean_mask(self) -> Float[Tensor, "N N"]:
+        return attention_mask(self.group, self.group).to(self.x)
+
+    @cached_property
+    def _twice(self) -> Any:
+        """The context of the clean tokens followed by the noisy ones."""
+        return self.backbone.prepare(self.order.repeat(2), self.values)
+
+    @cached_property
+    def _cache_of_twice(self) -> Any:
+        return self._cache(self._twice)
+
+    def _cache(self, context: Any) -> Any:
+        """A cache that holds the clean tokens; None if the backbone has none."""
+        rows = len(self.x) * (2 if self.guidance.scale else 1)
+        cache = self.backbone.make_cache(rows, context, dtype=self.x.dtype)
+        if cache is not None:
+            clean, clean_time = self._clean
+            with torch.no_grad():
+                self.backbone(clean, clean_time, context, mask=self._clean_mask, cache=cache)
+            cache.freeze()
+            self.work.nfe += 1
+        return cache
 
     def _guided(self, y: Tensor, t: Tensor, span: slice) -> Tensor:
         self.work.nfe += 1
