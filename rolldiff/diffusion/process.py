@@ -279,6 +279,9 @@ class PerSampleNoise:
         batch: number of samples, at most 2^20.
         start_index: index of the first sample, below 2^64.
 
+    Attributes:
+        seed: the seed, given or drawn.
+
     Raises:
         UsageError: if a number is out of range or not a whole number.
     """
@@ -289,7 +292,7 @@ class PerSampleNoise:
         if seed is None or isinstance(seed, torch.Generator):
             device = seed.device if seed is not None else None
             seed = int(torch.randint(2**62, (1,), generator=seed, device=device))
-        seed = whole_number(seed, "seed", minimum=0, maximum=MAX_SEED)
+        self.seed = seed = whole_number(seed, "seed", minimum=0, maximum=MAX_SEED)
         start = whole_number(start_index, "start_index", minimum=0, maximum=2**64 - 1)
         batch = whole_number(batch, "num_images", maximum=MAX_IMAGES)
         # SeedSequence mixes the pair well; neighbouring seeds of a Mersenne twister are correlated.

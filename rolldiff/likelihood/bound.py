@@ -43,7 +43,6 @@ def bound(
     *,
     tokens: Callable[[Tensor], Tensor],
     samples: PerSampleNoise,
-    offset: int,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """The bound of the log-likelihood; it has a gradient where torch records one.
 
@@ -53,7 +52,6 @@ def bound(
         config: how.
         tokens: from images to tokens in decode order, an orthonormal map.
         samples: the noise of each image.
-        offset: where the windows of the first sample begin.
 
     Returns:
         The bound and its standard error.
@@ -61,81 +59,101 @@ def bound(
     noise, t_min = teacher.noise, config.first_time(teacher.noise)
     first = torch.tensor(t_min, dtype=torch.float64)
     scale = float(noise.sigma(first) / noise.alpha(first))  # of the noise at t_min, over the signal
-    numbers = image[0].numel()
-    values = []
-    golden = (math.sqrt(5) - 1) / 2
+    numbers, golden = image[0].numel(), (math.sqrt(5) - 1) / 2
     start = samples.uniform(1).to(image.device)  # [B, 1]
-    shares: dict[int, Tensor] = {}
-    for k in range(config.samples):
-        x, log_volume = image, 0.0
-        if config.dequantization == "uniform":
-            x = image + config.spacing * (samples.uniform(*image.shape[1:]).to(image) - 0.5)
-            log_volume = numbers * math.log(config.spacing)
-        if config.dequantization == "discretised":
-            eps = samples.normal(*image.shape[1:]).to(image)
-            reconstruction = _reconstruction(image, scale * eps, scale, levels=config.levels)
-        else:
-            entropy = (1 + math.log(2 * math.pi * scale**2)) / 2
-            reconstruction = torch.full_like(start[:, 0], numbers * entropy)
-        x = tokens(x)
-        total = reconstruction - log_volume
-        for i, plan in enumerate(_plans(teacher, offset + k)):
-            # One stratum per sample, and within it another place for every window.
-            w = torch.arange(plan.num_windows, device=x.device)
-            u = (k + torch.frac(start + golden * w)) / config.samples  # [B, W]
-            eps = samples.normal(*x.shape[1:]).to(x)
-            here, shares[i] = _errors(teacher, x, eps, plan, u=u, t_min=t_min, share=shares.get(i))
-            total = total + here
-        values.append(-total)
-    nats = torch.stack(values)  # [K, B]
-    # Successive samples are of neighbouring strata.
-    variance = nats.detach().diff(dim=0).square().mean(0) / (2 * config.samples)  # NaN of none
-    return nats.mean(0), variance.sqrt()
+    cuts = torch.Generator().manual_seed(samples.seed % 2**63)  # the same for all images
+    nats, variance = torch.zeros_like(start[:, 0]), torch.zeros_like(start[:, 0])
+    if config.dequantization == "uniform":
+        nats = nats + numbers * math.log(config.spacing)
+    if config.dequantization != "discretised":
+        nats = nats - numbers * (1 + math.log(2 * math.pi * scale**2)) / 2
+    group = teacher.group if teacher.num_groups > 1 else torch.zeros_like(teacher.group)
+    for i, law in enumerate(_laws(teacher)):
+        # As many strata of the noise level as possible, each with windows that begin everywhere.
+        offsets = min(law.size, config.samples)
+        strata = math.ceil(config.samples / offsets)
+        strata += strata % 2 if law.size > 1 else 0  # two halves, see `_draw_phase`
+        shares: list[Tensor | None] = [None] * offsets
+        values = []
+        for m in range(strata):
+            places = torch.arange(offsets) + torch.rand(1, generator=cuts)
+            total = torch.zeros_like(start[:, 0])
+            for j, offset in enumerate((places * law.size / offsets).long().tolist()):
+                plan = law.windows(group, offset)
+                x = image
+                if config.dequantization == "uniform":
+                    x = image + config.spacing * (samples.uniform(*image.shape[1:]).to(x) - 0.5)
+                if config.dequantization == "discretised" and i == 0:
+                    eps = samples.normal(*image.shape[1:]).to(image)
+                    total = total + _reconstruction(image, scale * eps, scale, config.levels)
+                x = tokens(x)
+                w = torch.arange(plan.num_windows, device=x.device)
+                u = (m + torch.frac(start + golden * (w + j * law.size))) / strata  # [B, W]
+                eps = samples.normal(*x.shape[1:]).to(x)
+                here, shares[j] = _errors(teacher, x, eps, plan, u=u, t_min=t_min, share=shares[j])
+                total = total + here
+            values.append(total / offsets)
+        found = torch.stack(values)  # [strata, B]
+        nats = nats - found.mean(0)
+        # Successive values are of neighbouring strata. The mean of no differences is NaN.
+        halves = found.detach().chunk(2 if law.size > 1 else 1)
+        steps = torch.cat([half.diff(dim=0) for half in halves])
+        variance = variance + steps.square().mean(0) / (2 * strata)
+    return nats, variance.sqrt()
 
 
-class Plan(NamedTuple):
-    """How the groups are cut into windows that hold the same number of groups.
+class Law(NamedTuple):
+    """Windows that hold the same number of groups.
 
-    A group is at the place `i` of its window, and has the time `(i + phase) lag`.
+    The group at the place `i` of a window has the time `(i + phase) lag`.
 
     Attributes:
-        window: of each token.
-        place: `i` of each token.
         size: groups of a whole window.
         lag: `l`, between two groups; 1 if a window is a single one.
         low: the lowest phase with which a window holds so many groups.
         high: the highest.
     """
 
-    window: Int[Tensor, " N"]
-    place: Int[Tensor, " N"]
     size: int
     lag: float
     low: float
     high: float
+
+    def windows(self, group: Int[Tensor, " N"], offset: int) -> "Plan":
+        """The windows, of which the first lacks `offset` groups.
+
+        Over all offsets below the size, every group is equally often at every place.
+        """
+        shifted = group + offset
+        return Plan(self, shifted // self.size, shifted % self.size)
+
+
+class Plan(NamedTuple):
+    """How the groups of an image are cut into windows.
+
+    Attributes:
+        law: of the windows.
+        window: of each token.
+        place: `i` of each token.
+    """
+
+    law: Law
+    window: Int[Tensor, " N"]
+    place: Int[Tensor, " N"]
 
     @property
     def num_windows(self) -> int:
         return int(self.window[-1]) + 1
 
 
-def _plans(teacher: Teacher, offset: int) -> Iterator[Plan]:
-    """A plan for every number of groups that a window can hold.
-
-    Over all offsets, every group meets every place of a window equally often.
-    """
-    group = teacher.group
-    if teacher.num_groups == 1:
-        zero = torch.zeros_like(group)
-        yield Plan(zero, zero, 1, 1.0, 0.0, 1.0)
-        return
+def _laws(teacher: Teacher) -> Iterator[Law]:
+    """A law for every number of groups that a window can hold."""
     lag = 1 - teacher.overlap
     whole = math.floor(1 / lag + 1e-9)
     share = max(0.0, 1 / lag - whole)  # of the phases with one group more
     for size, low, high in ((whole + 1, 0.0, share), (whole, share, 1.0)):
         if high - low > 1e-9:
-            shifted = group + offset % size
-            yield Plan(shifted // size, shifted % size, size, lag, low, high)
+            yield Law(size, lag, low, high)
 
 
 def _errors(
@@ -155,9 +173,10 @@ def _errors(
     """
     noise, prediction = teacher.noise, teacher.prediction
     span = 1 - t_min
-    phase, density = _draw_phase(u, plan, noise, t_min=t_min)  # [B, W] each
-    t = t_min + span * plan.lag * (plan.place + phase[:, plan.window])  # [B, N]
-    weight = span * plan.lag * plan.size / density[:, plan.window]
+    law = plan.law
+    phase, density = _draw_phase(u, law, noise, t_min=t_min)  # [B, W] each
+    t = t_min + span * law.lag * (plan.place + phase[:, plan.window])  # [B, N]
+    weight = span * law.lag * law.size / density[:, plan.window]
     inside = t < 1
     t = t.clamp(max=1 - 1e-9)
     x_t = noise.add_noise(x, eps, t.to(x)).to(x)
@@ -184,43 +203,43 @@ def _errors(
     total = (weight * slope * error).where(inside, 0.0).sum(1)
     sign = torch.where(b * noise.alpha(t)[..., None] > a * noise.sigma(t)[..., None], 1.0, -1.0)
     here = factor.sqrt() * (sign * miss * eps).detach().mean(-1)  # [B, N]
-    places = F.one_hot(plan.place, plan.size).double()
+    places = F.one_hot(plan.place, law.size).double()
     count = places.sum(0)
     means = (here @ places / count.clamp(min=1)).clamp(0, 1)
     return total, means if share is None else means.where(count > 0, share)
 
 
 def _draw_phase(
-    u: Float[Tensor, "B W"], plan: Plan, noise: NoiseSchedule, *, t_min: float
+    u: Float[Tensor, "B W"], law: Law, noise: NoiseSchedule, *, t_min: float
 ) -> tuple[Tensor, Tensor]:
     """Phases in `low … high`, and their density.
 
     The log-SNR of the first group of a window is drawn with a density like the error's. If a window
     holds more than one group, half of the phases are uniform instead, for the others.
     """
-    span = (1 - t_min) * plan.lag
-    low, high = (t_min + span * end for end in (plan.low, plan.high))
+    span = (1 - t_min) * law.lag
+    low, high = (t_min + span * end for end in (law.low, law.high))
     ends = noise.log_snr(torch.tensor([high, low], dtype=torch.float64, device=u.device))
     bottom, top = F.softplus(ends - LOG_SNR_KNEE)  # bottom is 0 at t = 1
-    mixed = plan.size > 1
+    mixed = law.size > 1
     v = torch.frac(2 * u) if mixed else u
     area = (bottom + v * (top - bottom)).clamp(min=1e-12)
     t = noise.time(area + torch.log(-torch.expm1(-area)) + LOG_SNR_KNEE)  # softplus inverted
-    phase = ((t - t_min) / span).clamp(plan.low, plan.high)
+    phase = ((t - t_min) / span).clamp(law.low, law.high)
     if mixed:
-        phase = phase.where(u < 0.5, plan.low + v * (plan.high - plan.low))
+        phase = phase.where(u < 0.5, law.low + v * (law.high - law.low))
     t = (t_min + span * phase).clamp(max=1 - 1e-9)
     log_snr = noise.log_snr(t)
     d_alpha, d_sigma = noise.rates(t)
     slope = 2 * (d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t))
     density = torch.sigmoid(log_snr - LOG_SNR_KNEE) / (top - bottom) * slope * span
     if mixed:
-        density = (density + 1 / (plan.high - plan.low)) / 2
+        density = (density + 1 / (law.high - law.low)) / 2
     return phase, density
 
 
 def _reconstruction(
-    image: Float[Tensor, "B C H W"], noise: Tensor, scale: float, *, levels: int
+    image: Float[Tensor, "B C H W"], noise: Tensor, scale: float, levels: int
 ) -> Float[Tensor, " B"]:
     """`-log p(x | x_s)`, each level around a noisy value as likely as its distance says."""
     spacing = 2 / (levels - 1)

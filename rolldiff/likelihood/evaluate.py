@@ -25,7 +25,6 @@ def log_likelihood(
     tokens: Callable[[Tensor], Tensor],
     steps: int,
     samples: PerSampleNoise,
-    offset: int = 0,
 ) -> Likelihood:
     """The likelihood of images.
 
@@ -36,7 +35,6 @@ def log_likelihood(
         tokens: from images to tokens in decode order, an orthonormal map.
         steps: of the ODE's solver, from data to noise.
         samples: the noise of each image.
-        offset: where the windows of the first sample of the bound begin.
 
     Raises:
         UsageError: if the values of the images are not levels.
@@ -45,9 +43,7 @@ def log_likelihood(
     if config.dequantization is not None:
         check_levels(image, config.levels)
     if config.method == "bound":
-        nats, standard_error = bound(
-            teacher, image, config, tokens=tokens, samples=samples, offset=offset
-        )
+        nats, standard_error = bound(teacher, image, config, tokens=tokens, samples=samples)
         solver_error, divergence = torch.full_like(standard_error, torch.nan), None
     else:
         nats, standard_error, solver_error, divergence = ode(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rolldiff.conditioning import Masked
 from rolldiff.diffusion.process import NoiseSchedule, Prediction
-from rolldiff.diffusion.schedule import attention_mask
+from rolldiff.diffusion.schedule import MAX_STEPS, attention_mask
 from rolldiff.errors import UsageError
 from rolldiff.nn.denoiser import Backbone, Guidance
 
@@ -73,6 +73,12 @@ class Teacher:
             raise UsageError(
                 "num_groups must be 1 for the likelihood of a bidirectional backbone, got "
                 f"{self.num_groups}: it shows every token all others"
+            )
+
+        if 1 - self.overlap < 1 / MAX_STEPS:
+            raise UsageError(
+                f"overlap must be 1 or at most {1 - 1 / MAX_STEPS} for a likelihood, got "
+                f"{self.overlap}"
             )
 
     def select(self, index: Int[Tensor, " b"]) -> "Teacher":
