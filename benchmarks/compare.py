@@ -1,11 +1,11 @@
-"""One metric of several benchmarks side by side, for the configurations that any of them has.
+"""One metric of several benchmarks side by side, for the configurations that they share.
 
 python benchmarks/compare.py fd_classifier mixture=RUN/bench/results.jsonl clean=...
 
 Several files of one name are trainings with different seeds. The spread (±) is then the standard
 deviation of their means, otherwise that of the seeds of the noise.
 
-python benchmarks/compare.py fd_classifier universal=A.jsonl,B.jsonl alone=C.jsonl,D.jsonl
+python benchmarks/compare.py --all fd_classifier universal=A.jsonl,B.jsonl alone=C.jsonl,D.jsonl
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("metric", help="fd_classifier, fd_pixels, seams, …")
     parser.add_argument("benches", nargs="+", help="NAME=results.jsonl[,results.jsonl…]")
+    parser.add_argument("--all", action="store_true", help="also what some of them lack")
     args = parser.parse_args()
     pairs = (bench.split("=", 1) for bench in args.benches)
     tables = {name: read([Path(p) for p in paths.split(",")], args.metric) for name, paths in pairs}
@@ -45,6 +46,8 @@ def main() -> None:
     print("|---" * (1 + len(tables)) + "|")
     for setting in dict.fromkeys(setting for table in tables.values() for setting in table):
         values = [table.get(setting, "–") for table in tables.values()]
+        if "–" in values and not args.all:
+            continue
         print(f"| {setting} | " + " | ".join(values) + " |")
 
 

@@ -868,6 +868,23 @@ def test_results_are_compared_as_printed():
     assert "\n".join(rows) in page
 
 
+def test_the_page_of_windows_holds_what_is_printed():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    page = (folder / "digits/windows.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| (fd_\w+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(tables) >= 6
+    for metric, heads in tables:
+        columns = []
+        for name in heads.split(" | "):
+            base, _, _ = name.partition(" (two seeds)")
+            files = [base, f"{base}_seed_1"] if name != base else [base]
+            paths = (str(folder / "digits/windows" / f"{file}.jsonl") for file in files)
+            columns.append(f"{name}=" + ",".join(paths))
+        command = [sys.executable, str(folder / "compare.py"), "--all", metric, *columns]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.replace(", 16 steps", "") in page, heads
+
+
 def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
     for solver in ("heun", "euler"):
         bench(ask(run, tmp_path, f"bench.solver=[{solver}]", "bench.steps=[2]"), conf=config_dir())
