@@ -73,6 +73,7 @@ PUBLIC = {
     "rolldiff.TokenSequence": "rolldiff.conditioning.TokenSequence",
     "rolldiff.TrainingDistribution": "rolldiff.diffusion.timesteps.TrainingDistribution",
     "rolldiff.DecodeConfig": "rolldiff.decoder.DecodeConfig",
+    "rolldiff.LikelihoodConfig": "rolldiff.likelihood.config.LikelihoodConfig",
     "rolldiff.Guidance": "rolldiff.nn.denoiser.Guidance",
     "rolldiff.AdamsBashforth2": "rolldiff.diffusion.sampler.AdamsBashforth2",
     "rolldiff.DDIM": "rolldiff.diffusion.sampler.DDIM",

@@ -883,6 +883,11 @@ def test_the_page_of_windows_holds_what_is_printed():
         command = [sys.executable, str(folder / "compare.py"), "--all", metric, *columns]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.replace(", 16 steps", "") in page, heads
+    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
+    results = readme.partition("## Results on digits")[2].partition("\n## ")[0]
+    figures = re.findall(r"\d\.\d{3} ± \d\.\d{3}", results)
+    assert len(figures) == 15
+    assert all(figure in page for figure in figures)
 
 
 def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):

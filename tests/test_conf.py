@@ -54,7 +54,9 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
     group, name = leaf.parts
     if group == "logger":
         monkeypatch.setenv("WANDB_MODE", "offline")
-    command = "decode" if group in ("solver", "decode") else "train"
+    command = {"solver": "decode", "decode": "decode", "likelihood": "likelihood"}.get(
+        group, "train"
+    )
     overrides = [f"{group}={name}"]
     if name in NETWORK:  # the shape is what matters here, not the minutes
         overrides.append("nn.depth=1")

@@ -85,7 +85,9 @@ def bound(
                     x = image + config.spacing * (samples.uniform(*image.shape[1:]).to(x) - 0.5)
                 if config.dequantization == "discretised" and i == 0:
                     eps = samples.normal(*image.shape[1:]).to(image)
-                    total = total + _reconstruction(image, scale * eps, scale, config.levels)
+                    total = total + _reconstruction(
+                        image, scale * eps, levels=config.levels, scale=scale
+                    )
                 x = tokens(x)
                 w = torch.arange(plan.num_windows, device=x.device)
                 u = (m + torch.frac(start + golden * (w + j * law.size))) / strata  # [B, W]
@@ -239,7 +241,7 @@ def _draw_phase(
 
 
 def _reconstruction(
-    image: Float[Tensor, "B C H W"], noise: Tensor, scale: float, levels: int
+    image: Float[Tensor, "B C H W"], noise: Tensor, *, scale: float, levels: int
 ) -> Float[Tensor, " B"]:
     """`-log p(x | x_s)`, each level around a noisy value as likely as its distance says."""
     spacing = 2 / (levels - 1)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rolldiff.diffusion.process import PerSampleNoise, inverse
+from rolldiff.diffusion.process import NoiseSchedule, PerSampleNoise, inverse
 from rolldiff.diffusion.schedule import MAX_STEPS
 from rolldiff.likelihood.config import EXACT_PRODUCTS, LikelihoodConfig
 from rolldiff.likelihood.teacher import Predict, Teacher
@@ -54,32 +54,12 @@ def ode(
         computed.
     """
     t_min = config.first_time(teacher.noise)
-    first = torch.tensor(t_min, dtype=torch.float64)
-    alpha, sigma = float(teacher.noise.alpha(first)), float(teacher.noise.sigma(first))
-    numbers = image[0].numel()
     exact = config.divergence == "exact"
     if config.divergence == "auto":
         exact = _products(teacher) <= EXACT_PRODUCTS
     values, errors, variances = [], [], []
     for _ in range(config.samples):
-        if config.dequantization == "truncated_normal":
-            # u in (-tau, tau), of density exp(-u^2 / 2) / (sqrt(2 pi) Z)
-            tau = alpha * config.spacing / 2 / sigma
-            inside = math.erf(tau / math.sqrt(2))
-            u = 0.5 + (samples.uniform(*image.shape[1:]).to(image) - 0.5).double() * inside
-            noise = torch.special.ndtri(u)
-            x = (alpha * image + sigma * noise).to(image)
-            log_q = (-noise.square() / 2 - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
-            log_q = log_q - numbers * math.log(sigma * inside)
-        elif config.dequantization == "uniform":
-            u = samples.uniform(*image.shape[1:]).to(image) - 0.5
-            x = alpha * (image + config.spacing * u)
-            log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-            log_q -= numbers * math.log(alpha * config.spacing)
-        else:
-            x = alpha * image
-            log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-            log_q -= numbers * math.log(alpha)
+        x, log_q = _noisy(image, config, noise=teacher.noise, samples=samples)
         probes = None
         if not exact:
             shape = (config.probes, *teacher.x.shape[1:])
@@ -87,22 +67,43 @@ def ode(
         log_p, error = _converged(
             teacher, tokens(x), probes, config=config, steps=steps, t_min=t_min
         )
+        count = log_p.shape[1]
         values.append(log_p.mean(1) - log_q)
-        variances.append(log_p.var(1) / log_p.shape[1] if log_p.shape[1] > 1 else log_p[:, 0] * 0)
+        variances.append(log_p.var(1) / count if count > 1 else torch.zeros_like(log_p[:, 0]))
         errors.append(error)
     log_w = torch.stack(values)  # [K, B]
     nats = log_w.logsumexp(0) - math.log(config.samples)
-    share = (log_w - log_w.amax(0)).exp()
-    share = share / share.sum(0)
-    drawn = config.dequantization is not None and config.samples == 1
-    if drawn or (not exact and config.probes == 1 and config.samples == 1):
+    share = log_w.softmax(0)
+    error = (share * torch.stack(errors)).sum(0)
+    if config.samples > 1:  # the delta method on the logarithm of the mean
+        variance = config.samples * share.var(0)
+    elif config.dequantization is not None or (not exact and config.probes == 1):
         variance = torch.full_like(nats, torch.nan)
     else:
-        variance = (share.square() * torch.stack(variances)).sum(0)
-        if config.samples > 1:  # the delta method on the logarithm of the mean
-            variance = config.samples * share.var(0)
-    error = (share * torch.stack(errors)).sum(0)
+        variance = variances[0]
     return nats, variance.sqrt(), error, "exact" if exact else "hutchinson"
+
+
+def _noisy(
+    image: Tensor, config: LikelihoodConfig, *, noise: NoiseSchedule, samples: PerSampleNoise
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, " B"]]:
+    """The images at the first time, and the logarithm of the density that they are drawn from."""
+    first = torch.tensor(config.first_time(noise), dtype=torch.float64)
+    alpha, sigma = float(noise.alpha(first)), float(noise.sigma(first))
+    shape, numbers = image.shape[1:], image[0].numel()
+    none = torch.zeros(len(image), dtype=torch.float64, device=image.device)
+    if config.dequantization is None:
+        return alpha * image, none - numbers * math.log(alpha)
+    u = samples.uniform(*shape).to(image.device)
+    if config.dequantization == "uniform":
+        x = image + config.spacing * (u - 0.5).to(image)
+        return alpha * x, none - numbers * math.log(alpha * config.spacing)
+    # z in (-tau, tau), of density exp(-z^2 / 2) / (sqrt(2 pi) Z)
+    tau = alpha * config.spacing / 2 / sigma
+    inside = math.erf(tau / math.sqrt(2))
+    z = torch.special.ndtri(0.5 + (u - 0.5) * inside)
+    log_q = -(z.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+    return alpha * image + (sigma * z).to(image), log_q - numbers * math.log(sigma * inside)
 
 
 def _products(teacher: Teacher) -> int:
