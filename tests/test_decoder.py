@@ -488,6 +488,7 @@ def interpreted(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_shapes_serve_every_span(make, interpreted):
     """One token or many, one time or many, with a cache or none; never one for each span."""
     decoder, plain = make(), make()

@@ -189,7 +189,7 @@ def test_what_the_discretised_bound_loses_of_a_smooth_density():
     image = all_images(33, 2)[33 * 16 + 10 : 33 * 16 + 22]  # the density is flat enough here
     exact = decoder.log_likelihood(image, samples=3, tolerance=None, steps=8, **settings)
     found = decoder.log_likelihood(
-        image, method="bound", dequantization="discretised", samples=400, **settings
+        image, method="bound", dequantization="discretised", samples=200, **settings
     )
     gap = exact.nats - found.nats
     error = (found.standard_error**2 + exact.standard_error**2).sqrt() * 2 * math.log(2)

@@ -99,6 +99,7 @@ def stopped(tmp_path):
 # Killed
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_of_its_writes_ends_with_the_same_weights(whole, tmp_path, monkeypatch):
     """Whatever it was about to write, also between the last checkpoint and the summary."""
     replace, left = os.replace, 0
@@ -501,6 +502,7 @@ def test_settings_are_refused_in_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no folder", "full disk"])
 def test_what_cannot_be_written_is_one_line(kind, tmp_path):
     (tmp_path / "file").touch()
