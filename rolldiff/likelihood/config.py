@@ -36,7 +36,7 @@ class LikelihoodConfig:
             0.54 bits, per dimension.
         levels: `L`, the values of a pixel, `-1 + 2 k / (L - 1)`.
         samples: importance samples of the ODE, at most 10,000: `log (1/K) sum_k p_k / q_k`. Of the
-            bound, calls: noise levels times the offsets of windows of several groups.
+            bound, calls: noise levels times the offsets of the windows, rounded up.
         divergence: `exact`, `hutchinson` (with random signs), or `auto`: exact up to 64 products.
         probes: Hutchinson's, per sample.
         tolerance: of the ODE's solver, in bits per dimension: its number of steps is doubled until
