@@ -360,11 +360,12 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
 
 
 def _likelihood(cfg: DictConfig, method: Any) -> LikelihoodConfig | None:
-    if method is None:
-        return None
-    _one_of(method, "bench.likelihood", known=("ode", "bound"))
-    how = instantiate(cfg.likelihood, method=method, _convert_="all")
-    return instance(how, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
+    changed = {}  # settings that are not used are checked too
+    if method is not None:
+        changed["method"] = _one_of(method, "bench.likelihood", known=("ode", "bound"))
+    how = instantiate(cfg.likelihood, **changed, _convert_="all")
+    instance(how, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
+    return None if method is None else how
 
 
 def _plain(cfg: DictConfig, name: str) -> dict[str, Any]:
