@@ -96,6 +96,11 @@ class NoiseSchedule(ABC):
         """`2 log(alpha / sigma)`: plus infinity at t = 0, minus infinity at t = 1."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
+    def log_snr_slope(self, t: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+        """`-d log_snr / dt`, which is positive: the log-SNR falls."""
+        d_alpha, d_sigma = self.rates(t)
+        return 2 * (d_sigma / self.sigma(t) - d_alpha / self.alpha(t))
+
     def time(self, log_snr: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
         """The inverse of `log_snr`, by bisection."""
         low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
@@ -239,9 +244,7 @@ def loss_weight(
     error of the noise (Kingma et al. 2021, VDM, eq. 15).
     """
     if space == "bound":
-        d_alpha, d_sigma = noise.rates(t)
-        slope = d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t)  # |lambda'| / 2
-        return slope * loss_weight(prediction, noise, t, space="eps")
+        return noise.log_snr_slope(t) / 2 * loss_weight(prediction, noise, t, space="eps")
     return (_determinant(space, noise, t) / _determinant(prediction, noise, t)) ** 2
 
 

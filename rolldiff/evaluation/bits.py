@@ -111,11 +111,11 @@ def bits_per_dim(
     )
 
 
-def held_out(data: Images) -> tuple[Tensor, Tensor]:
-    """The images that the data hold out from training, or all if there are none; their labels."""
-    if data.held_out:
-        return data.held_out_images
-    return data.image, data.label
+def held_out(data: Images, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` images that the data hold out, or of all if there are none; their labels."""
+    image, label = data.held_out_images if data.held_out else (data.image, data.label)
+    chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))[:count]
+    return image[chosen], label[chosen]
 
 
 def likelihood_table(cfg: DictConfig, data: DictConfig) -> str:
@@ -133,25 +133,23 @@ def likelihood_table(cfg: DictConfig, data: DictConfig) -> str:
     how = instantiate(cfg.likelihood, _convert_="all")
     configs = _configs(cfg, decoder)
     source = instantiate(data, _convert_="all")
-    image, label = held_out(source)
+    image, label = held_out(source, whole_number(cfg.images, "images"))
     if not cfg.get("data") and not source.held_out:
         warn_user(SEEN)
-    count = min(whole_number(cfg.images, "images"), len(image))
-    chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))[:count]
     classes = decoder.conditioning.num_classes
     rows = []
     for config in configs:
         found = bits_per_dim(
             decoder,
-            image[chosen],
-            label[chosen] if classes else None,
+            image,
+            label if classes else None,
             config=config,
             likelihood=how,
             batch_size=whole_number(cfg.batch_size, "batch_size"),
             seed=whole_number(cfg.seed, "seed", minimum=0),
         )
         rows.append((config, found))
-    return _table(rows, how, count=count)
+    return _table(rows, how, count=len(image))
 
 
 def _configs(cfg: DictConfig, decoder: Decoder) -> list[DecodeConfig]:

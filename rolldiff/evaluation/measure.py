@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
 from rolldiff.diffusion.schedule import decode_order
+from rolldiff.evaluation.bits import bits_per_dim
 from rolldiff.evaluation.features import Extractor, Pixels
 from rolldiff.evaluation.metrics import (
     band_distances,
@@ -279,16 +280,17 @@ class Evaluator:
         found = []
         for n in self.processes.shard(len(starts)):
             part = slice(starts[n], starts[n] + self.batch_size)
-            with torch.no_grad():
-                result = self.decoder.log_likelihood(
-                    image[part],
-                    None if self.label is None else label[part],
-                    config,
-                    likelihood=self.likelihood,
-                    seed=seed,
-                    start_index=starts[n],
-                )
-            found.append(result.bits_per_dim.cpu())
+            result = bits_per_dim(
+                self.decoder,
+                image[part],
+                None if self.label is None else label[part],
+                config=config,
+                likelihood=self.likelihood,
+                batch_size=self.batch_size,
+                seed=seed,
+                start_index=starts[n],
+            )
+            found.append(result.values)
         gathered = self.processes.gather(found)
         return {self.likelihood.metric: float(torch.cat(gathered).mean())} if gathered else {}
 

@@ -460,14 +460,12 @@ def _evaluator(
 
 def _held_out(cfg: DictConfig, sweep: _Sweep, source: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The images whose likelihood is measured, and their labels."""
-    image, label = held_out(source)
+    image, label = held_out(source, sweep.likelihood_images)
     if not cfg.get("data") and not source.held_out:
         warn_user(SEEN)
-    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))
-    chosen = order[: sweep.likelihood_images]
     if sweep.likelihood is not None and sweep.likelihood.dequantization is not None:
-        check_levels(image[chosen], sweep.likelihood.levels)
-    return image[chosen], label[chosen]
+        check_levels(image, sweep.likelihood.levels)
+    return image, label
 
 
 def _usable(

@@ -200,9 +200,7 @@ def _errors(
     else:
         known = share[:, plan.place]
     error = error - known * (eps.double().square() - 1).sum(-1)
-    d_alpha, d_sigma = noise.rates(t)
-    slope = d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t)  # |lambda'| / 2
-    total = (weight * slope * error).where(inside, 0.0).sum(1)
+    total = (weight * noise.log_snr_slope(t) / 2 * error).where(inside, 0.0).sum(1)
     sign = torch.where(b * noise.alpha(t)[..., None] > a * noise.sigma(t)[..., None], 1.0, -1.0)
     here = factor.sqrt() * (sign * miss * eps).detach().mean(-1)  # [B, N]
     places = F.one_hot(plan.place, law.size).double()
@@ -232,9 +230,8 @@ def _draw_phase(
         phase = phase.where(u < 0.5, law.low + v * (law.high - law.low))
     t = (t_min + span * phase).clamp(max=1 - 1e-9)
     log_snr = noise.log_snr(t)
-    d_alpha, d_sigma = noise.rates(t)
-    slope = 2 * (d_sigma / noise.sigma(t) - d_alpha / noise.alpha(t))
-    density = torch.sigmoid(log_snr - LOG_SNR_KNEE) / (top - bottom) * slope * span
+    density = torch.sigmoid(log_snr - LOG_SNR_KNEE) / (top - bottom)
+    density = density * noise.log_snr_slope(t) * span
     if mixed:
         density = (density + 1 / (law.high - law.low)) / 2
     return phase, density
