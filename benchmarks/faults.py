@@ -56,6 +56,7 @@ from rolldiff import (
     GroupSchedule,
     Guidance,
     Heun,
+    LikelihoodConfig,
     Patches,
     Rectified,
     TokenGrid,
@@ -112,7 +113,7 @@ def arguments(context: Context) -> Iterator[Case]:
     prior = Prior(16, 12, num_classes=3, width=8, depth=1, heads=1)
     backbone = Transformer(layout, width=16, depth=1, heads=1)
     mask = torch.ones(8, 8, dtype=torch.bool)
-    ask = {"steps": 1, "seed": 0}
+    ask, cheap = {"steps": 1, "seed": 0}, {"method": "bound", "samples": 1}
     large = 2**16
     whole: dict[str, tuple[Callable[[Any], Any], int, float]] = {
         "DecodeConfig(num_groups)": (lambda v: DecodeConfig(num_groups=v), 1, INF),
@@ -156,12 +157,25 @@ def arguments(context: Context) -> Iterator[Case]:
         "stream(frames)": (lambda v: decoder.stream([0], frames=v, steps=7), 1, 7),
         "generate(start_index)": (lambda v: prior.generate([0], start_index=v), 0, 2**64 - 1),
         "invert(iterations)": (lambda v: invert(decoder, image, iterations=v, steps=1), 1, 7),
+        "likelihood(num_groups)": (
+            lambda v: decoder.log_likelihood(image - 1, num_groups=v, **cheap),
+            1,
+            16,
+        ),
+        "likelihood(levels)": (
+            lambda v: decoder.log_likelihood(image - 1, levels=v, **cheap),
+            2,
+            2**16,
+        ),
+        "LikelihoodConfig(samples)": (lambda v: LikelihoodConfig(samples=v), 1, 10_000),
+        "LikelihoodConfig(probes)": (lambda v: LikelihoodConfig(probes=v), 1, 10_000),
         "group_mask(groups)": (lambda v: group_mask(decoder, [v], num_groups=4), 0, 3),
         "row_mask(start)": (lambda v: row_mask(image, v, 8), 0, 7),
         "row_mask(stop)": (lambda v: row_mask(image, 0, v), 1, 8),
     }
     # None stands for a default here.
     optional = {"PerSampleNoise(seed)", "decode(num_images)", "stream(frames)"}
+    optional |= {"LikelihoodConfig(tolerance)", "LikelihoodConfig(t_min)"}
     for name, (call, low, high) in whole.items():
         for value, number in VALUES:
             accept = is_whole(number, low, high) or (value is None and name in optional)
@@ -194,10 +208,18 @@ def arguments(context: Context) -> Iterator[Case]:
         "generate(temperature)": (lambda v: prior.generate([0], temperature=v), 1e-300, INF),
         "generate(guidance)": (lambda v: prior.generate([0], guidance=v), -INF, INF),
         "decode(overlap)": (lambda v: decoder.decode([0], overlap=v, **ask), 0, 1),
+        "likelihood(overlap)": (
+            lambda v: decoder.log_likelihood(image - 1, overlap=v, num_groups=2, **cheap),
+            0,
+            1,
+        ),
+        "LikelihoodConfig(tolerance)": (lambda v: LikelihoodConfig(tolerance=v), 1e-9, INF),
+        "LikelihoodConfig(t_min)": (lambda v: LikelihoodConfig(t_min=v), 1e-6, 0.5),
     }
     for name, (call, low, high) in real.items():
         for value, number in VALUES:
-            yield judged(f"{name}: {value!r}", call, value, is_real(number, low, high))
+            accept = is_real(number, low, high) or (value is None and name in optional)
+            yield judged(f"{name}: {value!r}", call, value, accept)
 
     # Nothing in the list is right for these, but for what is named.
     never: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
@@ -214,6 +236,13 @@ def arguments(context: Context) -> Iterator[Case]:
         "decode(noise)": (lambda v: decoder.decode(noise=v, **ask), is_none),
         "decode(image)": (lambda v: decoder.decode(image=v, mask=mask, **ask), is_nothing),
         "decode(mask)": (lambda v: decoder.decode(image=image, mask=v, **ask), is_nothing),
+        "likelihood(image)": (decoder.log_likelihood, is_nothing),
+        "LikelihoodConfig(method)": (lambda v: LikelihoodConfig(method=v), is_nothing),
+        "LikelihoodConfig(dequantization)": (
+            lambda v: LikelihoodConfig(dequantization=v),
+            is_none,
+        ),
+        "encode(image)": (decoder.encode, is_nothing),
         "loss(image)": (decoder.loss, is_nothing),
         "loss(generator)": (lambda v: decoder.loss(image, generator=v), is_none),
         "prior.loss(codes)": (prior.loss, is_nothing),
@@ -687,11 +716,14 @@ def images(context: Context) -> Iterator[Case]:
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[4:] = True
     ask = {"steps": 1, "seed": 0, "num_groups": 2}
+    density = {"method": "bound", "samples": 1, "dequantization": None}
     uses: dict[str, Callable[[Any], Any]] = {
         "loss": decoder.loss,
         "decode(image)": lambda x: decoder.decode(image=x, mask=mask, **ask).image,
         "decode(noise)": lambda x: decoder.decode(noise=x, **ask).image,
         "invert": lambda x: invert(decoder, x, iterations=1, steps=1),
+        "likelihood": lambda x: decoder.log_likelihood(x, **density),
+        "encode": lambda x: decoder.encode(x, steps=1),
         "Patches.tokens": decoder.layout.tokens,
         "row_mask": lambda x: row_mask(x, 2, 4),
     }
@@ -708,7 +740,7 @@ def images(context: Context) -> Iterator[Case]:
             wrong.view(-1)[index] = number
             variants.append((f"{number} at {index}", wrong, anything))
     variants.append(("1e300", good.double() + 1e300, anything))
-    unbounded = set(uses) - {"loss"}
+    unbounded = set(uses) - {"loss", "likelihood"}
     for factor in (2, 255, 1e6):
         variants.append((f"times {factor}", good * factor, unbounded))
     for shape in (

@@ -170,6 +170,10 @@ def command_lines(context: Context) -> Iterator[Case]:
             "bench.joint_steps=[]", "bench.seeds=[0]", "bench.samples=8", "bench.features=[pixels]",
             "progress=false", "run_dir=bench",
         ],
+        "likelihood": [
+            f"ckpt={folder / 'run'}", "data=digits", "likelihood.levels=17", "images=4",
+            "likelihood.samples=2", "num_groups=[1,2]",
+        ],
     }  # fmt: skip
 
     def run(name: str, words: list[str]) -> Any:

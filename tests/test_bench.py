@@ -270,6 +270,7 @@ def test_operations_are_those_of_the_tokens(whole):
     assert (four - twice) / (2 * 16) >= token
 
 
+@pytest.mark.slow
 def test_a_killed_bench_goes_on_with_the_same_numbers(run, whole, tmp_path):
     process = subprocess.Popen(command(run, tmp_path), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     results = tmp_path / "results.jsonl"
@@ -859,12 +860,12 @@ def test_a_folder_of_other_results_is_refused(run, whole):
     assert lines(whole) == before
 
 
-def test_results_are_compared_as_printed():
+def test_results_are_compared_as_printed(monkeypatch, capsys):
     folder = Path(__file__).parents[1] / "benchmarks"
     files = (f"{name}={folder / 'digits' / name}.jsonl" for name in ("results", "joint"))
-    command = [sys.executable, str(folder / "compare.py"), "fd_classifier", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    _, _, *rows = done.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["compare.py", "fd_classifier", *files])
+    runpy.run_path(str(folder / "compare.py"), run_name="__main__")
+    _, _, *rows = capsys.readouterr().out.splitlines()
     page = (folder / "digits/README.md").read_text(encoding="utf-8")
     assert len(rows) == 4
     assert "\n".join(rows) in page

@@ -42,6 +42,10 @@ def quiet(monkeypatch):
 TINY = ["max_steps=4", "batch_size=8", "nn.width=16", "nn.depth=1", "nn.heads=1", "report.steps=1"]
 
 
+# The tests that take it run in one process, for it takes seconds.
+ONCE = pytest.mark.xdist_group("trained")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
@@ -50,6 +54,7 @@ def trained(tmp_path_factory):
     return folder / "run", done
 
 
+@ONCE
 @pytest.mark.slow
 def test_an_interrupted_training_is_the_uninterrupted_one(trained, tmp_path):
     """Stopped by its time limit again and again, with averaged weights, it ends with equal ones."""
@@ -74,8 +79,7 @@ def test_an_interrupted_training_is_the_uninterrupted_one(trained, tmp_path):
     assert (again.returncode, "not finished" in again.stderr) == (2, True)
 
 
-
-
+@ONCE
 def test_train_leaves_everything(trained):
     run, done = trained
     names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
@@ -101,6 +105,7 @@ def test_train_leaves_everything(trained):
             picture.verify()
 
 
+@ONCE
 @pytest.mark.usefixtures("quiet")
 def test_an_older_run_is_never_overwritten(trained, monkeypatch, capsys):
     run, _ = trained
@@ -112,6 +117,7 @@ def test_an_older_run_is_never_overwritten(trained, monkeypatch, capsys):
     assert (run / "summary.json").read_bytes() == before
 
 
+@ONCE
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("ckpt", ["run", "run/last.ckpt"])
 def test_decode_writes_a_picture(trained, ckpt, monkeypatch, capsys):
@@ -124,6 +130,7 @@ def test_decode_writes_a_picture(trained, ckpt, monkeypatch, capsys):
         assert picture.width > 96
 
 
+@ONCE
 @pytest.mark.usefixtures("quiet", "unchecked")
 def test_decode_writes_a_film(trained, monkeypatch):
     run, _ = trained
@@ -298,6 +305,7 @@ def test_every_setting_of_a_decoding_reaches_it(tmp_path, monkeypatch):
     assert (seen["cond"].tolist(), seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
 
 
+@ONCE
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("quiet")
 def test_likelihood_prints_a_table(trained, capsys):
@@ -317,6 +325,7 @@ def test_likelihood_prints_a_table(trained, capsys):
     assert all(0 < float(row[1].split()[0]) < 20 for row in rows)
 
 
+@ONCE
 def test_a_training_is_quiet_in_a_pipe(trained):
     _, done = trained
     assert "training: 4/4 (100 %)" in done.stderr

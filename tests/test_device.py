@@ -65,13 +65,20 @@ def test_a_training_step_never_waits(meta, causal):
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("solver", [Euler(), Midpoint(), AdamsBashforth2(), Heun()], ids=repr)
-@pytest.mark.parametrize("guidance", [0.0, 1.0])
-@pytest.mark.parametrize(("num_groups", "overlap"), [(1, 0.0), (4, 0.0), (4, 0.5), (4, 1.0)])
+SOLVERS = [Euler(), Midpoint(), AdamsBashforth2(), Heun()]
+SPANS = [(1, 0.0), (3, 0.0), (3, 0.5), (3, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidance", "num_groups", "overlap"),
+    [(solver, 0.0, *span) for solver in SOLVERS for span in SPANS]
+    + [(Euler(), 1.0, *span) for span in SPANS],
+    ids=repr,
+)
 def test_the_loop_of_a_decode_never_waits(meta, num_groups, overlap, solver, guidance):
-    decoder = meta(training=Training((1, 4), orders=("top_to_bottom",)))
+    decoder = meta(training=Training((1, 3), orders=("top_to_bottom",)))
     config = DecodeConfig(
-        num_groups=num_groups, overlap=overlap, steps=4, solver=solver, guidance=guidance
+        num_groups=num_groups, overlap=overlap, steps=3, solver=solver, guidance=guidance
     )
     label = torch.zeros(2, dtype=torch.long, device=META)
     run = decoder.prepare(label, config, num_images=2, seed=0)

@@ -99,7 +99,7 @@ class LikelihoodConfig:
 
 def _one_of(value: object, name: str, allowed: tuple[Any, ...]) -> None:
     """Refuse what is not among the values that are allowed."""
-    if not any(value == item and isinstance(value, str) for item in allowed):
+    if not isinstance(value, str) or value not in allowed:
         raise UsageError(
             f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}"
         )
