@@ -11,7 +11,7 @@ from rolldiff import DecodeConfig, Decoder, Patches, Training, Transformer
 from rolldiff.conditioning import Conditioning
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid, sample
-from rolldiff.diffusion.schedule import attention_mask
+from rolldiff.diffusion.schedule import Visibility, attention_mask
 from rolldiff.nn.denoiser import Backbone
 from rolldiff.nn.transformer import ColumnLinear
 
@@ -129,7 +129,7 @@ def every_token(model: Decoder, num_groups: int, *, batch: int, steps: int) -> C
             moving = level.embedding.expand(count, size)
             before = clean.expand(span.start, size)
             after = pure.expand(num_tokens - span.stop, size)
-            block = schedule.blocks(span.start, span.stop)
+            block = Visibility(schedule, span.start, span.stop).blocks
             mask = attention_mask(block, block).to(model.device)
             y = model.backbone(x_t, torch.cat([before, moving, after]), context, mask=mask)
             return to_x_eps(y[:, span], x_t[:, span], level.inverse)

@@ -11,10 +11,11 @@ guidance, or because that part of a streamed condition has not arrived yet. Valu
 gradient, so that an encoder trains through them.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,6 +96,15 @@ class Embedder(nn.Module, ABC):
         """
         return None
 
+    def resized(self, condition: "Condition", layout: Layout) -> "Embedder":
+        """The same weights for images of another size.
+
+        Args:
+            condition: for that size.
+            layout: of these images.
+        """
+        return self
+
 
 class Condition(ABC):
     """The specification of a condition."""
@@ -143,6 +153,18 @@ class Condition(ABC):
         Raises:
             UsageError: if the condition does not fit the layout.
         """
+
+    def resized(self, layout: Layout, other: Layout) -> "Condition":
+        """The condition of images of another size.
+
+        Args:
+            layout: of the images that it was made for.
+            other: of the images that are asked for.
+
+        Raises:
+            UsageError: if it does not fit them.
+        """
+        return self
 
     def validate_piece(self, piece: Any, batch: int, device: torch.device, *, name: str) -> Tensor:
         """Some tokens of a streamed condition, `[B, k]` or `[B, k, C]`.
@@ -296,6 +318,19 @@ class TokenGrid(Condition):
     def null(self, batch: int, device: torch.device) -> Masked:
         return _absent((batch, *self.shape), self.channels, device)
 
+    def resized(self, layout: Layout, other: Layout) -> "TokenGrid":
+        """A grid of as many cells per token."""
+        sides = []
+        for cells, axis in ((self.height, 1), (self.width, 2)):
+            before, after = (int(each.coords[:, axis].max()) + 1 for each in (layout, other))
+            if cells * after % before:
+                raise UsageError(
+                    f"image_size must give whole cells of the grid: {cells} cells for {before} "
+                    f"tokens give none for {after}, got {other.image_shape[1:]}"
+                )
+            sides.append(cells * after // before)
+        return replace(self, height=sides[0], width=sides[1])
+
     def embedder(self, layout: Layout, *, width: int, modulation: int) -> Embedder:
         return GridEmbedder(self, layout, width)
 
@@ -307,6 +342,13 @@ class GridEmbedder(Embedder):
 
     def __init__(self, grid: TokenGrid, layout: Layout, width: int) -> None:
         super().__init__()
+        index = self._cells(grid, layout)
+        self.register_buffer("index", index, persistent=False)
+        self.tokens = _TokenEmbedding(grid.codebook_size, grid.channels, width)
+        self.join = nn.Linear(index.shape[1] * width, width) if index.shape[1] > 1 else None
+
+    @staticmethod
+    def _cells(grid: TokenGrid, layout: Layout) -> Int[Tensor, "N cells"]:
         row, column = layout.coords[:, 1].long(), layout.coords[:, 2].long()
         rows = _cells_under(grid.height, row, "height")
         columns = _cells_under(grid.width, column, "width")
@@ -316,10 +358,12 @@ class GridEmbedder(Embedder):
                 f"a grid must not be much larger than the image in tokens in one direction only, "
                 f"got {grid}"
             )
-        index = (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
-        self.register_buffer("index", index, persistent=False)
-        self.tokens = _TokenEmbedding(grid.codebook_size, grid.channels, width)
-        self.join = nn.Linear(index.shape[1] * width, width) if index.shape[1] > 1 else None
+        return (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
+
+    def resized(self, condition: Condition, layout: Layout) -> "GridEmbedder":
+        assert isinstance(condition, TokenGrid)
+        index = self._cells(condition, layout).to(self.index.device)
+        return _with_buffer(self, "index", index)
 
     def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
         h = self.tokens(cond).flatten(1, 2)[:, self.index]  # [C, N, cells, width]
@@ -421,12 +465,20 @@ class SequenceEmbedder(Embedder):
         length = sequence.length
         self.tokens = _TokenEmbedding(sequence.codebook_size, sequence.channels, width)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(length, width))
-        row = layout.coords[:, 1].long()
-        prefix = torch.full_like(row, length)
-        if sequence.ahead is not None:
-            rows = int(row.max()) + 1
-            prefix = (-(-length * (row + 1 + sequence.ahead) // rows)).clamp(max=length)
-        self.register_buffer("prefix", prefix, persistent=False)
+        self.register_buffer("prefix", self._prefix(sequence, layout), persistent=False)
+
+    @staticmethod
+    def _prefix(sequence: TokenSequence, layout: Layout) -> Int[Tensor, " N"]:
+        length, row = sequence.length, layout.coords[:, 1].long()
+        if sequence.ahead is None:
+            return torch.full_like(row, length)
+        rows = int(row.max()) + 1
+        return (-(-length * (row + 1 + sequence.ahead) // rows)).clamp(max=length)
+
+    def resized(self, condition: Condition, layout: Layout) -> "SequenceEmbedder":
+        assert isinstance(condition, TokenSequence)
+        prefix = self._prefix(condition, layout).to(self.prefix.device)
+        return _with_buffer(self, "prefix", prefix)
 
     def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
         sequence = self.tokens(cond) + self.pos_embed
@@ -445,6 +497,16 @@ class SequenceEmbedder(Embedder):
 
 # ---------------------------------------------------------------------------------------------
 # Parts of the three
+
+
+_E = TypeVar("_E", bound=Embedder)
+
+
+def _with_buffer(embedder: _E, name: str, value: Tensor) -> _E:
+    """An embedder with the same weights and another buffer."""
+    other = copy.copy(embedder)
+    other._buffers = embedder._buffers | {name: value}
+    return other
 
 
 class _TokenEmbedding(nn.Module):
@@ -618,6 +680,10 @@ class Conditioning:
         """What error messages call a condition."""
         return f"cond[{name!r}]" if len(self.parts) > 1 else "cond"
 
+    def resized(self, layout: Layout, other: Layout) -> "Conditioning":
+        """The conditions of images of another size; see `Condition.resized`."""
+        return replace(self, parts=tuple(part.resized(layout, other) for part in self.parts))
+
     def split(self, cond: Any) -> dict[str, Any]:
         """What was passed for each condition; only the names are checked.
 
@@ -746,6 +812,19 @@ class ConditionEmbedder(nn.Module):
         for part, masked in zip(self.parts, cond.values(), strict=True):
             embedded = part(masked, embedded)
         return embedded
+
+    def resized(self, conditioning: Conditioning, layout: Layout) -> "ConditionEmbedder":
+        """The same weights for images of another size."""
+        other = copy.copy(self)
+        parts = zip(self.parts, conditioning.parts, strict=True)
+        other._modules = self._modules | {
+            "parts": nn.ModuleList(
+                part.resized(spec, layout) if isinstance(part, Embedder) else part
+                for part, spec in parts
+            )
+        }
+        other.num_tokens = layout.num_tokens
+        return other
 
     def required_prefix(self) -> dict[str, Int[Tensor, " N"]]:
         """How much of each grid and sequence, in raster order, each image token depends on."""

@@ -6,6 +6,7 @@ cache. Tokens are kept in decode order and in float32 (float64 if the weights ar
 the network computes in.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from rolldiff.conditioning import (
     StreamedConditions,
     concat,
 )
-from rolldiff.diffusion.layout import Layout, Patches, check_layout, same_layout
+from rolldiff.diffusion.layout import Layout, Patches, check_layout, resized, same_layout
 from rolldiff.diffusion.process import (
     MAX_IMAGES,
     Estimate,
@@ -226,7 +227,9 @@ class Decoder(Pretrained):
             raise UsageError(
                 f"layout must be that of the backbone, got {layout} and a backbone for {theirs}"
             )
-        orders, self._groups = training.tables(layout.coords)  # the groups stay on the CPU
+        orders, groups = training.tables(layout.coords)
+        self._groups: Tensor | None = groups  # on the CPU; None in a resized decoder
+        self._grouped = bool(groups.any())
         self.register_buffer("orders", orders, persistent=False)
         self._values_checked = False
         self.config = {
@@ -256,6 +259,7 @@ class Decoder(Pretrained):
         heads: int | None = None,
         num_classes: int = 0,
         condition: Condition | Mapping[str, Condition] | None = None,
+        window: int | None = None,
         causal: bool = True,
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
@@ -273,6 +277,8 @@ class Decoder(Pretrained):
             num_classes: class labels; 0 for none. Short for `condition=ClassLabels(num_classes)`.
             condition: what it is conditioned on, one or several by name: `ClassLabels`,
                 `TokenGrid`, `TokenSequence`.
+            window: how many rows and columns of tokens away a token sees others; None for all. With
+                a window the decoder decodes images of any size, in bounded memory.
             causal: False for bidirectional attention, which has no exact cache.
             noise: the noise schedule.
             prediction: what the network predicts; `velocity` learns faster where a token holds few
@@ -293,6 +299,7 @@ class Decoder(Pretrained):
             depth=depth,
             heads=max(1, width // 32) if heads is None else heads,
             condition=labels if condition is None else condition,
+            window=window,
             causal=causal,
         )
         return cls(layout, backbone, noise=noise, prediction=prediction, training=training)
@@ -339,6 +346,11 @@ class Decoder(Pretrained):
         """
         # On an accelerator values are read once: reading them waits for all that was submitted.
         check_values = self.device.type == "cpu" or not self._values_checked
+        if self._groups is None:
+            raise UsageError(
+                "loss must be that of the decoder itself, got a decoder resized to "
+                f"{self.layout.image_shape[1:]}"
+            )
         image = check_image(image, self.layout, check_values=check_values)
         if image.device != self.device:
             raise UsageError(
@@ -378,10 +390,31 @@ class Decoder(Pretrained):
     ) -> Float[Tensor, "B N D"]:
         """What the backbone predicts in training; a stream beside `x_t` could be shown `x`."""
         t = draw.t.to(x_t, non_blocking=True)
-        context = self.backbone.prepare(order, given, grouped=bool(self._groups.any()))
+        context = self.backbone.prepare(order, given, grouped=self._grouped)
         mask = draw.mask(x_t.device) if self.backbone.causal else None
         time = self.backbone.embed_time(t[:, :1] if draw.shared else t)
         return self.backbone(x_t, time, context, mask=mask)
+
+    def resized(self, image_size: int | Sequence[int]) -> "Decoder":
+        """The same weights for images of another size, to decode and not to train.
+
+        Conditions on a grid grow with the image. Needs a `Transformer` with a window.
+
+        Args:
+            image_size: height and width in pixels, or one number for a square image.
+
+        Raises:
+            UsageError: if the network is made for one size, or the patches or the cells of a
+                condition do not fit.
+        """
+        layout = resized(self.layout, image_size)
+        if same_layout(layout, self.layout):
+            return self
+        other = copy.copy(self)
+        other._modules = self._modules | {"backbone": self.backbone.resized(layout)}
+        other.layout, other._groups = layout, None
+        other.config = self.config | {"layout": layout, "backbone": other.backbone}
+        return other
 
     def forward(
         self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
@@ -395,6 +428,7 @@ class Decoder(Pretrained):
         config: DecodeConfig | None = None,
         *,
         num_images: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         seed: int | torch.Generator | None = None,
         start_index: int = 0,
         image: Tensor | None = None,
@@ -413,6 +447,8 @@ class Decoder(Pretrained):
             config: the settings; by default those of `DecodeConfig()`.
             num_images: number of images, at most 2^20 and with fewer than 2^31 pixel values in
                 all; by default as many as the other arguments have.
+            image_size: height and width in pixels, or one number for a square image, with a
+                backbone that has a window; None is the size of the training. See `resized`.
             seed: a seed or a generator; image i gets the same noise alone and in any batch.
             start_index: index of the first image in the seed's sequence of images.
             image: `[B, C, H, W]`, for inpainting, together with `mask`; values about [-1, 1].
@@ -443,6 +479,7 @@ class Decoder(Pretrained):
             cond,
             configured(config, overrides, others=_RUN_OPTIONS),
             num_images=num_images,
+            image_size=image_size,
             seed=seed,
             start_index=start_index,
             image=image,
@@ -611,6 +648,7 @@ class Decoder(Pretrained):
         config: DecodeConfig = DecodeConfig(),
         *,
         num_images: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         seed: int | torch.Generator | None = None,
         start_index: int = 0,
         image: Tensor | None = None,
@@ -620,6 +658,8 @@ class Decoder(Pretrained):
         dtype: torch.dtype | None = None,
     ) -> "DecodeRun":
         """Validate the arguments of `decode` and prepare all that precedes the first step."""
+        if image_size is not None:
+            self = self.resized(image_size)
         counter = _CostCounter(self.device)
         autocast = self._autocast_dtype(dtype)
         cache = boolean(cache, "cache")
@@ -789,6 +829,7 @@ _NO_NULL = "trained: drop_cond=0, always with a condition"
 
 _RUN_OPTIONS = (
     "num_images",
+    "image_size",
     "seed",
     "start_index",
     "image",
@@ -894,11 +935,13 @@ class DecodeRun:
     def _evaluate(
         self, x_t: Tensor, level: NoiseLevel, span: slice, *, started: int | None = None
     ) -> Estimate:
-        shown = self.denoiser.shown(span, 0 if self.cache is None else self.cache.length)
+        cache = self.cache
+        if cache is not None and started is not None:  # a preview, of which nothing is kept
+            cache = copy.copy(cache)
+            cache.freeze()
+        shown = self.denoiser.shown(span, 0 if cache is None else cache.length)
         self.counter.add((shown.stop - shown.start) * self.denoiser.branches)
-        return self.denoiser(
-            x_t, level, span, context=self.context, cache=self.cache, started=started
-        )
+        return self.denoiser(x_t, level, span, context=self.context, cache=cache, started=started)
 
     def _await(self, count: int) -> None:
         """Wait for what the first `count` tokens depend on."""

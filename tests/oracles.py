@@ -158,7 +158,7 @@ class MaskedGaussian(Backbone):
     def embed_time(self, t):
         return t[..., None]
 
-    def make_cache(self, batch, context, *, dtype=None):
+    def make_cache(self, batch, context, *, dtype=None, keep=False):
         return Shown(batch, len(context))
 
     def forward(self, x_t, time, context, *, start=0, mask=None, cache=None):

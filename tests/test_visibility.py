@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from oracles import covariance_of, masked_decoder, natural_covariance, squared_frechet
 from rolldiff import AdamsBashforth2, Euler, GroupSchedule, Heun, Midpoint, Training
+from rolldiff.diffusion.schedule import Visibility
 from rolldiff.nn import denoiser
 
 PAIR = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
@@ -18,7 +19,7 @@ SOLVERS = [Euler(), Heun(), Midpoint(), AdamsBashforth2()]
 @pytest.fixture
 def stricter(monkeypatch):
     """The rule of version 0.1: a token sees its own and earlier groups, moving or not."""
-    monkeypatch.setattr(GroupSchedule, "blocks", lambda self, finished, started: self.group)
+    monkeypatch.setattr(Visibility, "blocks", property(lambda self: self.schedule.group))
     monkeypatch.setattr(denoiser, "_kept_mask", denoiser._mask)
 
     mask = denoiser.Denoiser.mask

@@ -5,7 +5,7 @@ the same in both. Tokens are in **raster order** here; `schedule.py` defines the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
 
-__all__ = ["MAX_TOKENS", "Layout", "Patches", "check_layout", "image_sides", "same_layout"]
+__all__ = [
+    "MAX_TOKENS",
+    "Layout",
+    "Patches",
+    "check_layout",
+    "image_sides",
+    "resized",
+    "same_layout",
+]
 
 MAX_TOKENS = 2**20  # an image of 1024 x 1024 pixels, each a token
 
@@ -162,6 +170,28 @@ def check_layout(layout: object) -> Layout:
         UsageError: if it is something else.
     """
     return cast(Layout, instance(layout, Layout, "layout", "a layout such as Patches(32)"))
+
+
+def resized(layout: Layout, image_size: int | Sequence[int]) -> Layout:
+    """The same layout for images of another size.
+
+    Args:
+        layout: a `Patches`; other layouts have one size.
+        image_size: height and width in pixels, or one number for a square image.
+
+    Raises:
+        UsageError: if the layout has one size only, or its patches do not fit.
+    """
+    size = image_sides(image_size)
+    if not isinstance(layout, Patches):
+        raise UsageError(f"image_size must be that of the layout {layout}, got {size}")
+    p = layout.patch
+    if any(side % p for side in size):
+        nearest = tuple(max(p, round(side / p) * p) for side in size)
+        raise UsageError(
+            f"image_size must be a multiple of the patch, {p}: got {size}; the nearest is {nearest}"
+        )
+    return replace(layout, image_size=size)
 
 
 def same_layout(a: Layout, b: Layout) -> bool:

@@ -44,6 +44,7 @@ __all__ = [
     "ORDERS",
     "GroupSchedule",
     "Order",
+    "Visibility",
     "attention_mask",
     "check_order",
     "decode_order",
@@ -245,19 +246,6 @@ class GroupSchedule:
         """The tokens of consecutive groups."""
         return slice(self.ends[groups.start], self.ends[groups.stop])
 
-    def blocks(self, finished: int, started: int) -> Int[Tensor, " N"]:
-        """The block of each token: its group if it is finished, and one for all that move.
-
-        Args:
-            finished: leading tokens at time 0.
-            started: leading tokens that are finished or moving; those after them form a last block,
-                which sees everything and is seen by none, for previews.
-        """
-        block = self.group.clone()
-        block[finished:] = self.num_groups + 1
-        block[started:] = self.num_groups + 2
-        return block
-
     @property
     def matrix(self) -> Float[Tensor, "rows G"]:
         """The scheduling matrix, `[R + 1, G]`, in float64: from all ones to all zeros."""
@@ -265,6 +253,30 @@ class GroupSchedule:
         done = (i - torch.arange(self.num_groups, device="cpu") * self.stagger).clamp(0, self.steps)
         # Whole numbers until the last division, so that the ends are exactly 1 and 0.
         return (self.steps - done).double() / self.steps
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who may see whom in a call: a token sees the tokens whose block is not after its own.
+
+    Args:
+        schedule: the groups.
+        finished: leading tokens at time 0.
+        started: leading tokens that are finished or moving; those after them form a last block,
+            which sees everything and is seen by none, for previews.
+    """
+
+    schedule: GroupSchedule
+    finished: int
+    started: int
+
+    @property
+    def blocks(self) -> Int[Tensor, " N"]:
+        """The block of each token: its group if it is finished, and one for all that move."""
+        block = self.schedule.group.clone()
+        block[self.finished :] = self.schedule.num_groups + 1
+        block[self.started :] = self.schedule.num_groups + 2
+        return block
 
 
 def attention_mask(query: Int[Tensor, "*B n"], key: Int[Tensor, "*B m"]) -> Float[Tensor, "*B n m"]:

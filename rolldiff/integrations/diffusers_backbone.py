@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rolldiff.conditioning import ClassLabels, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, Patches
+from rolldiff.diffusion.schedule import Visibility
 from rolldiff.errors import UsageError, instance, sequence, shown, whole_number
 from rolldiff.nn.denoiser import Backbone
 
@@ -204,7 +205,7 @@ class DiffusersBackbone(Backbone):
         context: _Context,
         *,
         start: int = 0,
-        mask: Tensor | None = None,
+        mask: Tensor | Visibility | None = None,
         cache: None = None,
     ) -> Float[Tensor, "B2 N D"]:
         """See `Backbone.forward`; every call shows all tokens."""

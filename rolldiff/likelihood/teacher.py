@@ -185,7 +185,7 @@ class Teacher:
     def _cache(self, context: Any) -> Any:
         """A cache that holds the clean tokens; None if the backbone has none."""
         rows = len(self.x) * (2 if self.guidance.scale else 1)
-        cache = self.backbone.make_cache(rows, context, dtype=self.x.dtype)
+        cache = self.backbone.make_cache(rows, context, dtype=self.x.dtype, keep=True)
         if cache is not None:
             clean, clean_time = self._clean
             with torch.no_grad():

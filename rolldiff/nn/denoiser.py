@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rolldiff.conditioning import Conditioning, Masked
+from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.process import Estimate, to_x_eps
 from rolldiff.diffusion.sampler import NoiseLevel, TimeGrid
-from rolldiff.diffusion.schedule import GroupSchedule, attention_mask
+from rolldiff.diffusion.schedule import GroupSchedule, Visibility, attention_mask
 from rolldiff.errors import UsageError, finite_number, sequence
 
 __all__ = ["Backbone", "Denoiser", "Guidance"]
@@ -36,10 +37,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         causal: whether a token sees no more than its mask allows. Only then can there be an exact
             cache; other backbones are always shown all tokens.
+        local: whether calls take a `Visibility` in place of a mask of all pairs.
         conditioning: what the network is conditioned on.
     """
 
     causal: bool
+    local: bool = False
     conditioning: Conditioning
 
     @abstractmethod
@@ -71,7 +74,7 @@ class Backbone(nn.Module, ABC):
         context: Any,
         *,
         start: int = 0,
-        mask: Float[Tensor, "*M n m"] | None = None,
+        mask: Float[Tensor, "*M n m"] | Visibility | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "B2 n D"]:
         """The prediction for the tokens `start … start + n - 1`, given those before them.
@@ -83,18 +86,37 @@ class Backbone(nn.Module, ABC):
             start: position of the first token in decode order.
             mask: 0 where a token may see one of the `m = start + n` up to the end of the span,
                 minus infinity elsewhere; None if all see all. With a leading axis, one for each of
-                `M` equal parts of the batch.
+                `M` equal parts of the batch. A `Visibility` says the same for a `local` network.
             cache: what `make_cache` returned. The call writes the keys and values of its tokens at
                 their places, and reads those before; it does not move `cache.length`.
         """
 
-    def make_cache(self, batch: int, context: Any, *, dtype: torch.dtype | None = None) -> Any:
+    def make_cache(
+        self, batch: int, context: Any, *, dtype: torch.dtype | None = None, keep: bool = False
+    ) -> Any:
         """An empty cache for `batch` examples, or None if the network does not need or have one.
 
         It has a `length`, `commit(length)` which sets it, and `freeze()`, after which calls read it
         but write nothing, so that they can be differentiated.
+
+        Args:
+            batch: number of examples.
+            context: what `prepare` returned.
+            dtype: of what is kept; None is that of the weights.
+            keep: whether tokens stay that no later token sees.
         """
         return None
+
+    def resized(self, layout: Layout) -> "Backbone":
+        """The same weights for images of another size.
+
+        Raises:
+            UsageError: if the network is made for one size.
+        """
+        raise UsageError(
+            f"image_size must be the one that the network was made for, got "
+            f"{layout.image_shape[1:]}; a Transformer with a window decodes any size"
+        )
 
     def required_prefix(self) -> dict[str, Int[Tensor, " N"]]:
         """How much of each streamed condition each image token depends on, in raster order."""
@@ -186,7 +208,9 @@ class Denoiser:
         """
         return slice(cached, span.stop if self.backbone.causal else len(self.position))
 
-    def mask(self, shown: slice, finished: int, started: int) -> Float[Tensor, "n m"] | None:
+    def mask(
+        self, shown: slice, finished: int, started: int
+    ) -> Float[Tensor, "n m"] | Visibility | None:
         """Who may see whom in a call; None if all see all.
 
         Args:
@@ -196,9 +220,11 @@ class Denoiser:
         """
         if not self.backbone.causal or (finished <= shown.start and started >= shown.stop):
             return None
+        rule = Visibility(self.schedule, finished, started)
+        if self.backbone.local:
+            return rule
         make = _kept_mask if len(self.position) <= KEPT_TOKENS else _mask
-        device = self.position.device
-        return make(self.schedule, shown.start, shown.stop, finished, started, device)
+        return make(rule, shown.start, shown.stop, self.position.device)
 
     def __call__(
         self,
@@ -245,14 +271,9 @@ class Denoiser:
 
 
 def _mask(
-    schedule: GroupSchedule,
-    start: int,
-    stop: int,
-    finished: int,
-    started: int,
-    device: torch.device,
+    rule: Visibility, start: int, stop: int, device: torch.device
 ) -> Float[Tensor, "n m"] | None:
-    block = schedule.blocks(finished, started)[:stop]
+    block = rule.blocks[:stop]
     if block[start] == block[-1]:
         return None
     block = block.to(device, non_blocking=True)

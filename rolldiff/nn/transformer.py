@@ -4,9 +4,14 @@ Each token attends to those that the mask of the call allows, each at its own no
 finished token sees finished tokens alone, so its keys and values, written once while it was clean,
 are final: caching is exact. The cache holds `2 depth N width` numbers per example, allocated once.
 
+With a `window` a token sees only tokens at most so many rows and columns away (`window.py`). Places
+then enter by differences alone, so the network decodes images of any size, and the cache holds only
+what an unfinished token can still see: from top to bottom, `window` rows of tokens and the groups
+that move, however high the image is.
+
 The time enters as in PixArt-alpha (Chen et al. 2023, §2.3): one projection shared by all layers,
-and a small table per layer. Positions are a learned table and two-dimensional rotary angles (Su et
-al. 2021).
+and a small table per layer. Positions are two-dimensional rotary angles (Su et al. 2021) and,
+without a window, a learned table.
 """
 
 import copy
@@ -21,13 +26,15 @@ from torch.utils.checkpoint import checkpoint
 
 from rolldiff.conditioning import Condition, ConditionEmbedder, Conditioning, Masked
 from rolldiff.diffusion.layout import Layout, check_layout
+from rolldiff.diffusion.schedule import Visibility
 from rolldiff.errors import UsageError, boolean, finite_number, whole_number
 from rolldiff.nn.denoiser import Backbone
+from rolldiff.nn.window import Neighbourhood, Tiles, check_grid
 
 __all__ = ["Block", "Context", "KVCache", "KVSlot", "Transformer", "norm"]
 
 
-MAX_WIDTH, MAX_DEPTH = 2**16, 1000
+MAX_WIDTH, MAX_DEPTH, MAX_SIDE = 2**16, 1000, 2**20
 
 
 class CrossKV(NamedTuple):
@@ -41,20 +48,15 @@ class CrossKV(NamedTuple):
 class KVSlot(NamedTuple):
     """One layer's cache as a span of tokens uses it: where to write, and what to attend to."""
 
-    k: Float[Tensor, "B heads n size"]
-    v: Float[Tensor, "B heads n size"]
-    k_all: Float[Tensor, "B heads m size"]  # up to the end of the span
+    k: Float[Tensor, "B heads n size"] | None  # None if nothing is written
+    v: Float[Tensor, "B heads n size"] | None
+    k_all: Float[Tensor, "B heads m size"]  # up to the end of the span, or to its start
     v_all: Float[Tensor, "B heads m size"]
-    frozen: bool = False  # whether nothing is written
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the span; return all that it may attend to."""
-        if self.frozen:
-            before = self.k_all.shape[2] - k.shape[2]
-            return (
-                torch.cat([self.k_all[:, :, :before], k], 2),
-                torch.cat([self.v_all[:, :, :before], v], 2),
-            )
+        if self.k is None or self.v is None:
+            return torch.cat([self.k_all, k], 2), torch.cat([self.v_all, v], 2)
         self.k.copy_(k)
         self.v.copy_(v)
         return self.k_all, self.v_all
@@ -91,15 +93,21 @@ class KVCache:
     def slots(self, span: slice) -> list[KVSlot]:
         """The views of every layer that a span uses."""
         if self._slots is None or self._slots[0] != span:  # decoding stays at a span for many steps
-            slots = [
-                KVSlot(
-                    *(k[:, :, span], v[:, :, span], k[:, :, : span.stop], v[:, :, : span.stop]),
-                    frozen=self._frozen,
-                )
-                for k, v in self.layers
-            ]
-            self._slots = span, slots
+            self._slots = span, self._views(span.start, span.stop)
         return self._slots[1]
+
+    def _views(self, start: int, stop: int) -> list[KVSlot]:
+        if self._frozen:
+            return [KVSlot(None, None, k[:, :, :start], v[:, :, :start]) for k, v in self.layers]
+        return [
+            KVSlot(k[:, :, start:stop], v[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
+            for k, v in self.layers
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(part.nbytes for layer in self.layers for part in layer)
 
     def commit(self, length: int) -> None:
         """Declare the first `length` tokens final: they will not be shown again."""
@@ -110,14 +118,68 @@ class KVCache:
         self._frozen, self._slots = True, None
 
 
+class WindowCache(KVCache):
+    """A cache that keeps only the final tokens that a token after them can still see.
+
+    Its memory grows to what the largest call needs, and no further. Orders in which tokens next to
+    the first ones come late, such as `random:0`, need most of the image for long.
+
+    Args:
+        depth: number of layers.
+        shape: `(batch, heads, num_tokens, head_size)`.
+        like: a tensor on the device.
+        near: who is near whom.
+        dtype: of the keys and values; None is that of `like`.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        shape: tuple[int, ...],
+        like: Tensor,
+        *,
+        near: Neighbourhood,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(depth, (*shape[:2], 0, shape[3]), like, dtype=dtype)
+        self.near = near
+        self.kept = torch.arange(0)  # decode positions, on the CPU
+
+    def _views(self, start: int, stop: int) -> list[KVSlot]:
+        before = len(self.kept)
+        size = before if self._frozen else before + stop - start
+        if size > self.layers[0][0].shape[2]:
+            self.layers = [(_longer(k, size), _longer(v, size)) for k, v in self.layers]
+        return super()._views(before, size)
+
+    def commit(self, length: int) -> None:
+        """See `KVCache.commit`; forget what no later token sees."""
+        if length == self.length:
+            return
+        final = torch.cat([self.kept, torch.arange(self.length, length)])
+        needed = self.near.needed(final, length)
+        if len(needed) < len(final):
+            index = needed.to(self.layers[0][0].device, non_blocking=True)
+            for part in (part for layer in self.layers for part in layer):
+                part[:, :, : len(needed)] = part[:, :, index]
+        self.kept, self.length, self._slots = final[needed], length, None
+
+
+def _longer(part: Tensor, size: int) -> Tensor:
+    longer = part.new_zeros(*part.shape[:2], size, part.shape[3])
+    longer[:, :, : part.shape[2]] = part
+    return longer
+
+
 class Context(NamedTuple):
     """What `Transformer.prepare` computes once; tokens are in decode order."""
 
-    pos_embed: Float[Tensor, "*B N width"]
+    pos_embed: Float[Tensor, "*B N width"] | None
     rope: Float[Tensor, "2 ... N size"]  # cosines and signed sines
     modulation: Float[Tensor, "C 1 mods"]
     tokens: Float[Tensor, "C N width"] | None
     cross: list[CrossKV] | None  # per layer
+    near: Neighbourhood | None  # with a window
 
 
 class Transformer(Backbone):
@@ -130,6 +192,7 @@ class Transformer(Backbone):
         heads: attention heads.
         mlp_ratio: hidden channels of the MLP, divided by `width`; at most 64.
         condition: what the network is conditioned on; several by name in a dictionary.
+        window: how many rows and columns away a token sees others; None for all.
         causal: whether masks are followed. False lets every token attend to all tokens, in any
             order, and rules out a cache.
         gradient_checkpointing: compute each block again in the backward pass instead of keeping its
@@ -148,6 +211,7 @@ class Transformer(Backbone):
         heads: int = 3,
         mlp_ratio: float = 4.0,
         condition: Condition | Mapping[str, Condition] | Conditioning | None = None,
+        window: int | None = None,
         causal: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -164,7 +228,11 @@ class Transformer(Backbone):
         self.causal = causal = boolean(causal, "causal")
         self.gradient_checkpointing = boolean(gradient_checkpointing, "gradient_checkpointing")
         self.conditioning = Conditioning.of(condition)
-        self.heads = heads
+        self.heads, self.width = heads, width
+        self.window = None if window is None else whole_number(window, "window", maximum=MAX_SIDE)
+        self.local = window is not None
+        if self.local:
+            check_grid(layout)
         self.config = {
             "layout": layout,
             "width": width,
@@ -172,11 +240,14 @@ class Transformer(Backbone):
             "heads": heads,
             "mlp_ratio": mlp_ratio,
             "condition": self.conditioning,
+            "window": self.window,
             "causal": causal,
             "gradient_checkpointing": self.gradient_checkpointing,
         }
         self.embed = nn.Linear(layout.token_dim, width)
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
+        self.pos_embed = (
+            None if self.local else nn.Parameter(0.02 * torch.randn(layout.num_tokens, width))
+        )
         self.time_embed = TimeEmbedding(width, 6 * width)
         self.cond_embedder = ConditionEmbedder(
             self.conditioning, layout, width=width, modulation=6 * width
@@ -191,6 +262,7 @@ class Transformer(Backbone):
         nn.init.zeros_(self.head.bias)
         # Not a buffer: the angles stay in float32 whatever type the weights are converted to.
         self._rope = rotary_angles(layout.coords, width // heads)
+        self._places = layout.coords[:, 1:].long()
 
     def prepare(
         self,
@@ -202,12 +274,12 @@ class Transformer(Backbone):
         """See `Backbone.prepare`."""
         cond = self.conditioning.null(1, order.device) if cond is None else cond
         embedded = self.cond_embedder(cond)
-        width = self.pos_embed.shape[1]
         # All parts of the modulation but the first are factors, and start from 1.
-        ones = F.pad(self.pos_embed.new_ones(5 * width), (width, 0))
+        ones = F.pad(self.embed.weight.new_ones(5 * self.width), (self.width, 0))
         count = next((len(mask) for _, mask in cond.values()), 1)
         if self._rope.device != order.device:  # once
             self._rope = self._rope.to(order.device, non_blocking=True)
+            self._places = self._places.to(order.device, non_blocking=True)
         rope = self._rope[:, order]
         cross = None
         if embedded.sequence is not None and embedded.cross_attn_mask is not None:
@@ -218,26 +290,49 @@ class Transformer(Backbone):
                 if isinstance(layer, CrossAttention)
             ]
         return Context(
-            pos_embed=self.pos_embed[order],
+            pos_embed=None if self.pos_embed is None else self.pos_embed[order],
             rope=rope[:, :, None] if order.ndim > 1 else rope,  # an axis for the heads
             modulation=(embedded.modulation + ones).expand(count, -1)[:, None].contiguous(),
             tokens=None if embedded.tokens is None else _to_decode_order(embedded.tokens, order),
             cross=cross,
+            near=Neighbourhood(self._places[order], self.window) if self.window else None,
         )
 
     def make_cache(
-        self, batch: int, context: Context, *, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        context: Context,
+        *,
+        dtype: torch.dtype | None = None,
+        keep: bool = False,
     ) -> KVCache | None:
         """See `Backbone.make_cache`."""
         if not self.causal:
             return None
-        num_tokens, width = context.pos_embed.shape[-2:]
-        shape = (batch, self.heads, num_tokens, width // self.heads)
-        cache = KVCache(len(self.blocks), shape, self.pos_embed, dtype=dtype)
+        num_tokens, size = context.rope.shape[-2:]
+        depth, like = len(self.blocks), self.embed.weight
+        shape = (batch, self.heads, num_tokens, size)
+        if context.near is None or keep:
+            cache = KVCache(depth, shape, like, dtype=dtype)
+        else:
+            cache = WindowCache(depth, shape, like, near=context.near, dtype=dtype)
         compiled = any(block._compiled_call_impl is not None for block in self.blocks)
-        if self.pos_embed.is_cpu and dtype == self.pos_embed.dtype and not compiled:
+        if like.is_cpu and dtype == like.dtype and not compiled:
             cache.blocks = [ColumnLinear.replace(block) for block in self.blocks]
         return cache
+
+    def resized(self, layout: Layout) -> Backbone:
+        """See `Backbone.resized`; only with a window."""
+        if not self.local:
+            return super().resized(layout)
+        other = copy.copy(self)
+        other.layout, other.conditioning = layout, self.conditioning.resized(self.layout, layout)
+        other.config = self.config | {"layout": layout, "condition": other.conditioning}
+        embedder = self.cond_embedder.resized(other.conditioning, layout)
+        other._modules = self._modules | {"cond_embedder": embedder}
+        other._rope = rotary_angles(layout.coords, self.width // self.heads)
+        other._places = layout.coords[:, 1:].long()
+        return other
 
     def required_prefix(self) -> dict[str, Int[Tensor, " N"]]:
         """See `Backbone.required_prefix`."""
@@ -265,12 +360,14 @@ class Transformer(Backbone):
         context: Context,
         *,
         start: int = 0,
-        mask: Float[Tensor, "*M n m"] | None = None,
+        mask: Float[Tensor, "*M n m"] | Visibility | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B2 n D"]:
         """See `Backbone.forward`."""
         span = slice(start, start + x_t.shape[1])
-        h = self.embed(x_t.to(self.embed.weight.dtype)) + context.pos_embed[..., span, :]
+        h = self.embed(x_t.to(self.embed.weight.dtype))
+        if context.pos_embed is not None:
+            h = h + context.pos_embed[..., span, :]
         branches = max(1, len(context.modulation) // len(x_t))
         if branches > 1:  # guidance: the branches share all that precedes the condition
             h = h.repeat(branches, 1, 1)
@@ -282,9 +379,8 @@ class Transformer(Backbone):
             (width, width, 4 * width), dim=-1
         )
         h, modulation = h + shift, modulation.unflatten(-1, (4, width))
-        rope, mask = context.rope[..., span, :], mask if self.causal else None
-        if mask is not None and mask.ndim == 3:
-            mask = mask[:, None]  # an axis for the heads
+        rope = context.rope[..., span, :]
+        seen = self._seen(span, mask if self.causal else None, context.near, cache)
         slots = None if cache is None else cache.slots(span)
         blocks = self.blocks if cache is None or cache.blocks is None else cache.blocks
         for layer, block in enumerate(blocks):
@@ -293,12 +389,33 @@ class Transformer(Backbone):
             if context.cross is not None:
                 k, v, cross_mask = context.cross[layer]
                 cross = CrossKV(k, v, cross_mask[:, :, span])
-            inputs: dict[str, Any] = {"attn_mask": mask, "kv": kv, "cross": cross}
+            inputs: dict[str, Any] = {"attn_mask": seen, "kv": kv, "cross": cross}
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, modulation, rope, use_reentrant=False, **inputs)
             else:
                 h = block(h, modulation, rope, **inputs)
         return self.head(norm(h) * scale)
+
+    def _seen(
+        self,
+        span: slice,
+        mask: Float[Tensor, "*M n m"] | Visibility | None,
+        near: Neighbourhood | None,
+        cache: KVCache | None,
+    ) -> Tensor | Tiles | None:
+        """What the attention of a call is told about who sees whom."""
+        visibility = mask if isinstance(mask, Visibility) else None
+        pairs = mask if isinstance(mask, Tensor) else None
+        if near is not None:
+            # Tiles are for one order that holds each place once.
+            each_place_once = near.places.shape[:-1] == (self.layout.num_tokens,)
+            if pairs is None and each_place_once:
+                kept = cache.kept if isinstance(cache, WindowCache) else torch.arange(span.start)
+                return near.tiles(span, kept, visibility)
+            pairs = near.mask(span, pairs, stop=span.stop)
+        if pairs is not None and pairs.ndim == 3:
+            pairs = pairs[:, None]  # an axis for the heads
+        return pairs
 
 
 # Annotations of the block have no shapes: checking them in tests would break `torch.compile`.
@@ -322,7 +439,7 @@ class Block(nn.Module):
         modulation: Tensor,  # [..., n or 1, 4, width]
         rope: Tensor | None = None,  # [2, ..., n, size]
         *,
-        attn_mask: Tensor | None = None,  # [n, m] or [M, 1, n, m]
+        attn_mask: Tensor | Tiles | None = None,  # [n, m] or [M, 1, n, m]
         kv: KVSlot | None = None,
         cross: CrossKV | None = None,
     ) -> Tensor:
@@ -349,7 +466,7 @@ class Attention(nn.Module):
         h: Tensor,  # [B, n, width]
         rope: Tensor | None = None,
         *,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | Tiles | None = None,
         kv: KVSlot | None = None,
     ) -> Tensor:
         batch, n, width = h.shape
@@ -361,6 +478,9 @@ class Attention(nn.Module):
         (q, k), v = qk.to(qkv.dtype).unbind(0), qkv[2]
         if kv is not None:
             k, v = kv.append(k, v)
+        if isinstance(attn_mask, Tiles):
+            h = attn_mask.attend(q, k, v)
+            return self.out(h.transpose(1, 2).reshape(batch, n, width))
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         if mask is not None and mask.ndim == 4 and 1 < len(mask) < batch:
             # Parts of the batch with one mask each: as heads of as many examples.
