@@ -62,8 +62,9 @@ def test_tiles_are_attention_under_the_mask_of_all_pairs(order, window):
         if rule is not None:
             sees &= attention_mask(rule.blocks[span], rule.blocks[:m]) == 0
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-        found = near.tiles(span, torch.arange(span.start), rule).attend(q, k, v)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        tiles = near.tiles(span, torch.arange(span.start), rule)
+        torch.testing.assert_close(tiles.attend(q, k, v), expected, rtol=1e-12, atol=1e-12)
+        assert tiles.mask is None or (tiles.mask.amax(-1) == 0).all()
 
 
 def permutation(order):
@@ -203,19 +204,23 @@ def test_a_resized_decoder_shares_its_weights():
 
 
 def test_training_sees_what_decoding_sees():
-    """The loss with each token's window alone is that of the calls of a decoding."""
-    decoder = local((6, 6), window=1)
-    decoder.training_distribution = Training((1,), orders=("top_to_bottom",))
+    """Tiles, masks of all pairs, and orders of single examples give the same, and its gradient."""
+    decoder = local((7, 6), window=1)
+    backbone, order = decoder.backbone, torch.arange(42)
     torch.manual_seed(0)
-    backbone, x = decoder.backbone, torch.randn(2, 36, 1, dtype=torch.float64)
-    order = torch.arange(36)
-    context = backbone.prepare(order)
-    time = backbone.embed_time(torch.rand(1, dtype=torch.float64))
-    tiled = backbone(x, time, context)
-    batched = backbone.prepare(order.expand(2, -1))
-    torch.testing.assert_close(backbone(x, time, batched), tiled, rtol=1e-9, atol=1e-9)
-    masked = backbone(x, time, context, mask=torch.zeros(36, 36))
-    torch.testing.assert_close(masked, tiled, rtol=1e-9, atol=1e-9)
+    x = torch.randn(2, 42, 1, dtype=torch.float64, requires_grad=True)
+    time = backbone.embed_time(torch.rand(1, dtype=torch.float64)).detach()
+    context, batched = backbone.prepare(order), backbone.prepare(order.expand(2, -1))
+    found = []
+    for y in (
+        backbone(x, time, context),
+        backbone(x, time, batched),
+        backbone(x, time, context, mask=torch.zeros(42, 42)),
+    ):
+        (slope,) = torch.autograd.grad(y.square().sum(), x)
+        found.append((y, slope))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
 
 
 def test_a_windowed_decoder_trains_and_keeps_its_window(tmp_path):

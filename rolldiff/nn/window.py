@@ -182,7 +182,7 @@ class Neighbourhood:
         if visibility is not None:
             block = visibility.blocks
             sees &= block[query][queries][:, :, None] >= block[key[keys]][:, None]
-        sees |= ~filled[:, :, None]
+        sees |= ~filled[:, :, None]  # some kernels give NaN for a row without keys
         mask = None
         if not bool(sees.all()):
             mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
