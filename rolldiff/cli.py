@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ usage: rolldiff COMMAND [key=value ...]
   train     train a decoder; without arguments, on handwritten digits
   decode    decode images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
   generate  generate codes and decode them: rolldiff generate prior=RUN tokenizer=RUN out=stream.gif
+  reconstruct  a picture to codes and back: rolldiff reconstruct ckpt=RUN image=FILE out=film.gif
   bench     measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
   likelihood  bits per dimension by groups: rolldiff likelihood ckpt=RUN num_groups=[1,4,16]
 
@@ -207,6 +209,48 @@ def generate(cfg: DictConfig) -> None:
     print(f"{out}: {num_images} images of {prior.num_tokens} codes")
 
 
+def reconstruct(cfg: DictConfig) -> None:
+    """Encode a picture of any size and decode it again, from top to bottom."""
+    from rolldiff.data.pixels import Record, load_image
+    from rolldiff.evaluation.images import save_gif, save_images, save_picture, to_picture
+    from rolldiff.evaluation.metrics import psnr
+    from rolldiff.tokenizer import Tokenizer
+    from rolldiff.tokenizer import reconstruct as run
+
+    tokenizer = _load(cfg, "ckpt", Tokenizer)
+    if cfg.image is None:
+        raise UsageError("image must be a picture, got none; say image=FILE")
+    out = _out(cfg, (".png", ".gif", ""))
+    config = instantiate(cfg.decode, _convert_="all")
+    file = Path(str(cfg.image)).expanduser()
+    channels = tokenizer.decoder.layout.image_shape[0]
+    pixels = load_image(Record(str(file), file, 0), image_size=None, channels=channels)
+    image = pixels[None].float() / 127.5 - 1
+    start = time.perf_counter()
+    found = run(tokenizer, image)
+    encoded = time.perf_counter() - start
+    first_row, frames = None, []
+    for frame in found.stream(config, seed=cfg.seed, frames=cfg.frames):
+        if first_row is None and bool(frame.finished[0].all()):
+            first_row = time.perf_counter() - start
+        frames.append(frame)
+    seconds = time.perf_counter() - start
+    images = [frame.image.cpu() for frame in frames]
+    match out.suffix.lower():
+        case ".gif":
+            save_gif((to_picture(picture) for picture in images), out)
+        case ".png":
+            save_picture(to_picture(images[-1]), out)
+        case _:
+            save_images(images, out)
+    height, width = found.size
+    print(
+        f"{out}: {width} x {height} pixels, {found.tokenizer.num_tokens:,} codes, "
+        f"{found.bits_per_pixel:.3f} bits per pixel, PSNR {psnr(image, images[-1]):.2f} dB; "
+        f"encoded in {encoded:.2f} s, first row after {first_row:.2f} s, all after {seconds:.2f} s"
+    )
+
+
 def bench(cfg: DictConfig) -> None:
     """Measure quality against cost, and print the path of the report."""
     from rolldiff.evaluation.sweep import bench as run
@@ -228,6 +272,7 @@ COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
     "train": train,
     "decode": decode,
     "generate": generate,
+    "reconstruct": reconstruct,
     "bench": bench,
     "likelihood": likelihood,
 }

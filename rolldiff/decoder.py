@@ -71,6 +71,7 @@ __all__ = [
     "Decoder",
     "Frame",
     "check_image",
+    "check_pixels",
     "configured",
 ]
 
@@ -1073,14 +1074,30 @@ def check_image(
         raise UsageError(
             f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(image.shape)}"
         )
-    if not check_values:
-        return image
+    if check_values:
+        check_pixels(image, name, unbounded=unbounded)
+    return image
+
+
+def check_pixels(image: Tensor, name: str = "image", *, unbounded: bool = False) -> None:
+    """Refuse pixels that are not floating point, or out of range.
+
+    Args:
+        image: what a user passed.
+        name: what the user calls it.
+        unbounded: accept any finite values.
+
+    Raises:
+        UsageError: if there are some.
+    """
+    dense_tensor(image, name)
+    if not image.numel():
+        return
     low, high = (float(end) for end in image.aminmax())
     bound = torch.finfo(torch.float32).max if unbounded else 1.001
     if not -bound <= low <= high <= bound:
         allowed = "finite" if unbounded else "in [-1, 1]"
         raise UsageError(f"{name} must be {allowed}, got {low:.4g} … {high:.4g}")
-    return image
 
 
 def check_generator(generator: Any, name: str) -> None:

@@ -20,6 +20,7 @@ from rolldiff.data.pixels import Load, Record, load_image
 from rolldiff.errors import UsageError, warn_user
 
 __all__ = [
+    "Crops",
     "HFlip",
     "InMemoryImages",
     "LazyImages",
@@ -128,6 +129,38 @@ class LazyImages(Dataset):
         for pair in readable(records, self.load, on_error="skip"):
             return pair
         raise UsageError(NO_PICTURE)
+
+
+class Crops(Dataset):
+    """Squares at random places of photographs, the same ones for the same `seed`.
+
+    Args:
+        photos: the photographs, `[C, H, W]` bytes each.
+        size: side of the squares in pixels.
+        photo: of each square, which photograph it is cut from.
+        seed: of the places.
+    """
+
+    def __init__(
+        self,
+        photos: Sequence[Tensor],
+        size: int,
+        *,
+        photo: Int[Tensor, " N"],
+        seed: int = 0,
+    ) -> None:
+        self.photos, self.size, self.photo = photos, size, photo
+        generator = torch.Generator().manual_seed(seed)
+        room = torch.tensor([[side - size + 1 for side in p.shape[1:]] for p in photos])
+        self.corner = (torch.rand(len(photo), 2, generator=generator) * room[photo]).long()
+
+    def __len__(self) -> int:
+        return len(self.photo)
+
+    def __getitem__(self, index: Int[Tensor, " B"]) -> Batch:
+        places = zip(self.photo[index].tolist(), self.corner[index].tolist(), strict=True)
+        cut = [self.photos[p][:, y : y + self.size, x : x + self.size] for p, (y, x) in places]
+        return _scale(torch.stack(cut)), torch.zeros(len(cut), dtype=torch.long)
 
 
 class HFlip(Dataset):

@@ -49,7 +49,7 @@ Load = Callable[[Record], Tensor]
 
 
 def load_image(
-    record: Record, *, image_size: int, channels: int, background: Color = WHITE
+    record: Record, *, image_size: int | None, channels: int, background: Color = WHITE
 ) -> UInt8[Tensor, "C H W"]:
     """Decode a picture, crop it to its central square and resize it.
 
@@ -58,7 +58,7 @@ def load_image(
 
     Args:
         record: the encoded picture.
-        image_size: side of the square in pixels.
+        image_size: side of the square in pixels; None leaves the picture as large as it is.
         channels: 1 for grey, 3 for RGB.
         background: the colour behind transparent pixels.
 
@@ -69,13 +69,12 @@ def load_image(
     if record.data is None or record.label is None:
         missing = "no picture" if record.data is None else "no label"
         raise UsageError(f"data must be pictures with labels, got {record.name}: {missing}")
-    size = (image_size, image_size)
     try:
         with _in_silence(), _opened(record.data) as file, Image.open(file) as opened:
             image = _in_mode(_plain(opened, background), "L" if channels == 1 else "RGB")
-            if image.size != size:
-                image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-            pixels = np.array(image).reshape(*size, channels)
+            if image_size is not None and image.size != (image_size, image_size):
+                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+            pixels = np.array(image).reshape(image.height, image.width, channels)
     # Decoders raise almost any exception on a damaged file.
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its message is about Python objects

@@ -18,7 +18,15 @@ from rolldiff.errors import UsageError
 from rolldiff.evaluation.metrics import all_finite
 from rolldiff.files import written_whole
 
-__all__ = ["labelled_rows", "make_grid", "save_gif", "save_images", "save_npz", "save_picture"]
+__all__ = [
+    "labelled_rows",
+    "make_grid",
+    "save_gif",
+    "save_images",
+    "save_npz",
+    "save_picture",
+    "to_picture",
+]
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -39,6 +47,11 @@ def make_grid(
     tiles = _to_bytes(image).repeat(scale, 1).repeat(scale, 2)
     tiles = np.pad(tiles, ((0, -count % columns), (2, 2), (2, 2), (0, 0)), constant_values=255)
     return Image.fromarray(rearrange(tiles, "(r c) h w k -> (r h) (c w) k", c=columns))
+
+
+def to_picture(image: Float[Tensor, "1 C H W"]) -> Image.Image:
+    """A single image as it is, without a border."""
+    return Image.fromarray(_to_bytes(image)[0])
 
 
 def labelled_rows(images: Mapping[str, Float[Tensor, "B C H W"]]) -> Image.Image:

@@ -40,7 +40,8 @@ class LikelihoodConfig:
         divergence: `exact`, `hutchinson` (with random signs), or `auto`: exact up to 64 products.
         probes: Hutchinson's, per sample.
         tolerance: of the ODE's solver, in bits per dimension: its number of steps is doubled until
-            the estimated error is below. None takes `steps` of the `DecodeConfig` as they are.
+            the change by the last doubling is below. None takes `steps` of the `DecodeConfig` as
+            they are.
         t_min: the local time `s` next to the data. None has half a level at three standard
             deviations of the noise, or is 0.001 for continuous data.
 
@@ -54,7 +55,7 @@ class LikelihoodConfig:
     samples: int = 1
     divergence: Divergence = "auto"
     probes: int = 1
-    tolerance: float | None = 1e-3
+    tolerance: float | None = 1e-2
     t_min: float | None = None
 
     def __post_init__(self) -> None:
@@ -115,8 +116,9 @@ class Likelihood:
         nats: `[B]`, `log p`.
         standard_error: `[B]`, of the bits per dimension over the samples and the probes; NaN for a
             single one, 0 if nothing was drawn.
-        solver_error: `[B]`, of the bits per dimension, estimated from half the steps; NaN if there
-            is no estimate.
+        solver_error: `[B]`, of the bits per dimension: the difference to half the steps, which is
+            more than the error of a method that converges at first order or faster; NaN if there is
+            no estimate.
         nfe: network calls in series.
         products: vector-Jacobian products in series.
         seconds: wall-clock time.

@@ -101,7 +101,7 @@ class Neighbourhood:
 
     def mask(
         self, query: slice, mask: Float[Tensor, "*M n m"] | None, *, stop: int
-    ) -> Float[Tensor, "*M n m"]:
+    ) -> Float[Tensor, "*B n m"]:
         """A mask of all pairs that follows the window too, for few tokens.
 
         Args:

@@ -6,6 +6,7 @@ parts are trained together by the decoder's loss, whose gradient passes through 
 unchanged.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from math import log2, prod
 
@@ -20,6 +21,7 @@ from rolldiff.diffusion.layout import image_sides
 from rolldiff.errors import (
     WHOLE,
     UsageError,
+    boolean,
     dense_tensor,
     instance,
     whole_number,
@@ -43,10 +45,13 @@ class Encoder(nn.Module):
         channels: numbers per cell.
         width: channels inside.
         depth: residual blocks at every resolution.
+        stem: pixels in each direction that the first layer joins, a power of 2 up to `factor`.
+        local: normalise over the channels of each place instead of the whole image, so that a cell
+            depends on the pixels around it alone, in images of any size.
 
     Raises:
-        UsageError: if a size is out of range, or `factor` is not a power of 2 or does not divide
-            the image.
+        UsageError: if a size is out of range, `factor` is not a power of 2 or does not divide the
+            image, or `stem` is not a power of 2 that divides `factor`.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Encoder(nn.Module):
         channels: int = 3,
         width: int = 64,
         depth: int = 2,
+        stem: int = 1,
+        local: bool = False,
     ) -> None:
         super().__init__()
         size = image_sides(image_size)
@@ -70,6 +77,10 @@ class Encoder(nn.Module):
             raise UsageError(
                 f"factor must be a power of 2 that divides the image {size}, got {factor}"
             )
+        stem = whole_number(stem, "stem")
+        if stem & (stem - 1) or factor % stem:
+            raise UsageError(f"stem must be a power of 2 that divides {factor}, got {stem}")
+        local = boolean(local, "local")
         if depth * factor.bit_length() > MAX_DEPTH:
             raise UsageError(
                 f"depth must give at most {MAX_DEPTH} blocks in all, got {depth} at each of "
@@ -82,30 +93,64 @@ class Encoder(nn.Module):
             "channels": channels,
             "width": width,
             "depth": depth,
+            "stem": stem,
+            "local": local,
         }
+        self.factor, self.local = factor, local
         self.grid = (size[0] // factor, size[1] // factor)
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1)]
-        for _ in range(int(log2(factor))):
-            layers += [_Residual(width) for _ in range(depth)]
+        first = nn.Conv2d(in_channels, width, 3, padding=1)
+        if stem > 1:
+            first = nn.Conv2d(in_channels, width, stem, stride=stem)
+        layers: list[nn.Module] = [first]
+        for _ in range(int(log2(factor // stem))):
+            layers += [_Residual(width, local=local) for _ in range(depth)]
             layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-        layers += [_Residual(width) for _ in range(depth)]
-        layers += [nn.GroupNorm(1, width), nn.SiLU(), nn.Conv2d(width, channels, 1)]
+        layers += [_Residual(width, local=local) for _ in range(depth)]
+        layers += [_norm(width, local=local), nn.SiLU(), nn.Conv2d(width, channels, 1)]
         self.layers = nn.Sequential(*layers)
+
+    def resized(self, image_size: int | Sequence[int]) -> "Encoder":
+        """The same weights for images of another size; only a `local` encoder is made for them.
+
+        Raises:
+            UsageError: if it is not local, or `factor` does not divide the size.
+        """
+        size, factor = image_sides(image_size), self.factor
+        if not self.local or any(side % factor for side in size):
+            raise UsageError(
+                f"image_size must be a multiple of {factor} and the encoder local, got {size} and "
+                f"local={self.local}"
+            )
+        other = copy.copy(self)
+        other.config = self.config | {"image_size": list(size)}
+        other.grid = (size[0] // factor, size[1] // factor)
+        return other
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w channels"]:
         return self.layers(image).movedim(1, -1)
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, local: bool) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = _norm(width, local=local)
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+class _PlaceNorm(nn.LayerNorm):
+    """Zero mean and unit variance over the channels of each place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _norm(width: int, *, local: bool) -> nn.Module:
+    return _PlaceNorm(width) if local else nn.GroupNorm(1, width)
 
 
 class Tokenizer(Pretrained):
@@ -146,6 +191,15 @@ class Tokenizer(Pretrained):
             self.quantize = FSQ(list(levels))
         self.grid = encoder.grid
         self.codebook_size = prod(levels)
+
+    def resized(self, image_size: int | Sequence[int]) -> "Tokenizer":
+        """The same weights for images of another size; see `Encoder` and `Decoder.resized`."""
+        other = copy.copy(self)
+        encoder, decoder = self.encoder.resized(image_size), self.decoder.resized(image_size)
+        other._modules = self._modules | {"encoder": encoder, "decoder": decoder}
+        other.config = self.config | {"encoder": encoder, "decoder": decoder}
+        other.grid = encoder.grid
+        return other
 
     @property
     def num_tokens(self) -> int:
