@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rolldiff import Decoder, LikelihoodConfig
+from rolldiff import Decoder, LikelihoodConfig, Training
 
 WIDTH, DEPTH, HEADS = 64, 4, 2
 EVALUATIONS = 4  # of a step of the solver
@@ -23,7 +23,13 @@ def rows(side: int, counts: tuple[int, ...]) -> Iterator[list[str]]:
     """Of each group count: exact divergence, Hutchinson's, and the bound."""
     torch.manual_seed(0)
     decoder = Decoder.build(
-        image_size=side, channels=1, patch=1, width=WIDTH, depth=DEPTH, heads=HEADS
+        image_size=side,
+        channels=1,
+        patch=1,
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        training=Training(counts),
     ).eval()
     image = torch.randint(0, 256, (1, 1, side, side)) / 255 * 2 - 1
     exact = LikelihoodConfig(divergence="exact", tolerance=None)

@@ -20,6 +20,7 @@ import engine_cuda  # noqa: E402
 import engine_loops  # noqa: E402
 import engine_results  # noqa: E402
 import engine_rounds  # noqa: E402
+import likelihood_cost  # noqa: E402
 import training_step  # noqa: E402
 import two_streams  # noqa: E402
 
@@ -175,6 +176,13 @@ def test_a_training_step_is_timed(capsys):
     sizes = {"side": 4, "width": 16, "depth": 1, "heads": 1, "batch": 8, "rounds": 1}
     training_step.main([f"--{name}={value}" for name, value in sizes.items()])
     assert capsys.readouterr().out.count("of a plain DiT") == 2
+
+
+def test_the_cost_of_a_likelihood_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["likelihood_cost.py", "--quick"])
+    likelihood_cost.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[1] for row in rows] == ["64", "16", "1"]
 
 
 def test_two_streams_show_what_a_decoding_meets():
