@@ -37,7 +37,7 @@ class Photos(Images):
 
     Args:
         path: a folder of photographs, see `Folder`; None takes the two of scikit-learn and the
-            seven in colour of scikit-image, which is then needed: `pip install scikit-image`.
+            seven in colour of scikit-image, which is then needed: `pip install 'rolldiff[photos]'`.
         crops: number of squares; large photographs have more of them.
     """
 
@@ -111,7 +111,7 @@ def _bundled() -> list[Record]:
     except ImportError as error:
         raise UsageError(
             "data.path must be a folder of photographs; without one, those of scikit-image are "
-            "needed: pip install scikit-image"
+            "needed: pip install 'rolldiff[photos]'"
         ) from error
     folder = Path(skimage.__file__).parent / "data"
     files = [folder / name for name in BUNDLED]
