@@ -893,6 +893,7 @@ def test_the_page_of_windows_holds_what_is_printed(monkeypatch, capsys):
     assert all(figure in page for figure in figures)
 
 
+@pytest.mark.slow
 def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
     for solver in ("heun", "euler"):
         bench(ask(run, tmp_path, f"bench.solver=[{solver}]", "bench.steps=[2]"), conf=config_dir())

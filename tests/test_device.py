@@ -43,7 +43,7 @@ def meta(monkeypatch):
         training = Training((1, 2, 4), orders=("top_to_bottom", "random:0"), context_noise=0.1)
         settings = {"num_classes": 3, "training": training} | settings
         with META:
-            decoder = Decoder.build(image_size=8, channels=1, width=32, **settings)
+            decoder = Decoder.build(image_size=8, channels=1, width=32, depth=1, **settings)
         return decoder.to(META)
 
     return build
