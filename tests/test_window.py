@@ -138,6 +138,17 @@ def configured(**settings):
 
 
 @pytest.mark.filterwarnings("ignore:decoding beyond")
+def test_another_size_is_inpainted_after_training_on_a_permutation():
+    decoder = local((4, 6))
+    decoder.training_distribution = Training((1, 2), orders=("top_to_bottom", list(range(24))))
+    mask = torch.zeros(10, 6, dtype=torch.bool)
+    mask[3:8] = True
+    image = torch.rand(1, 1, 10, 6).double() * 2 - 1
+    out = decoder.decode(image=image, mask=mask, image_size=(10, 6), steps=1, seed=0).image
+    assert torch.equal(out[..., :3, :], image[..., :3, :])
+
+
+@pytest.mark.filterwarnings("ignore:decoding beyond")
 def test_the_memory_does_not_grow_with_the_height():
     decoder = local(8)
     numbers = 2 * 2 * 16 * 8  # bytes of keys and values of a token: depth 2, width 16, float64
