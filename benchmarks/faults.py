@@ -132,6 +132,11 @@ def arguments(context: Context) -> Iterator[Case]:
         "TokenSequence(length)": (lambda v: TokenSequence(v, channels=2), 1, 2**20),
         "Transformer(depth)": (lambda v: Transformer(layout, width=16, heads=1, depth=v), 1, 1000),
         "Transformer(width)": (lambda v: Transformer(layout, width=v, heads=1), 4, 0),
+        "Transformer(window)": (
+            lambda v: Transformer(layout, width=16, heads=1, depth=1, window=v),
+            1,
+            2**20,
+        ),
         "Encoder(width)": (lambda v: Encoder(8, width=v, depth=0), 1, large),
         "Encoder(depth)": (lambda v: Encoder(8, width=2, depth=v), 0, 500),
         "Encoder(in_channels)": (lambda v: Encoder(8, width=2, in_channels=v), 1, large),
@@ -175,7 +180,7 @@ def arguments(context: Context) -> Iterator[Case]:
     }
     # None stands for a default here.
     optional = {"PerSampleNoise(seed)", "decode(num_images)", "stream(frames)"}
-    optional |= {"LikelihoodConfig(tolerance)", "LikelihoodConfig(t_min)"}
+    optional |= {"Transformer(window)", "LikelihoodConfig(tolerance)", "LikelihoodConfig(t_min)"}
     for name, (call, low, high) in whole.items():
         for value, number in VALUES:
             accept = is_whole(number, low, high) or (value is None and name in optional)

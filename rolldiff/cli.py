@@ -230,7 +230,8 @@ def reconstruct(cfg: DictConfig) -> None:
     found = run(tokenizer, image)
     encoded = time.perf_counter() - start
     first_row, frames = None, []
-    for frame in found.stream(config, seed=cfg.seed, frames=cfg.frames):
+    film = out.suffix.lower() != ".png"  # the finished picture needs no previews
+    for frame in found.stream(config, seed=cfg.seed, frames=cfg.frames, preview=film):
         if first_row is None and bool(frame.finished[0].all()):
             first_row = time.perf_counter() - start
         frames.append(frame)
@@ -247,7 +248,8 @@ def reconstruct(cfg: DictConfig) -> None:
     print(
         f"{out}: {width} x {height} pixels, {found.tokenizer.num_tokens:,} codes, "
         f"{found.bits_per_pixel:.3f} bits per pixel, PSNR {psnr(image, images[-1]):.2f} dB; "
-        f"encoded in {encoded:.2f} s, first row after {first_row:.2f} s, all after {seconds:.2f} s"
+        f"encoded in {encoded:.2f} s, first row shown after {first_row:.2f} s, "
+        f"all after {seconds:.2f} s"
     )
 
 

@@ -37,7 +37,7 @@ class Photos(Images):
 
     Args:
         path: a folder of photographs, see `Folder`; None takes the two of scikit-learn and the
-            seven in colour of scikit-image, which is then needed: `pip install 'rolldiff[photos]'`.
+            seven in colour of scikit-image, which is then needed.
         crops: number of squares; large photographs have more of them.
     """
 
@@ -71,7 +71,7 @@ class Photos(Images):
                 )
                 continue
             photos.append(photo)
-        count = int(self.held_out * len(photos))
+        count = self._count_held_out(photos)
         if len(photos) - count < 1 or (self.held_out and not count):
             raise UsageError(
                 "data must hold a photograph to train on, and one to hold out with held_out: got "
@@ -91,15 +91,13 @@ class Photos(Images):
         photo = torch.multinomial(areas, self.crops, replacement=True, generator=generator)
         return Crops(self.photos, self.image_size, photo=photo)
 
-    @property
-    def _trained(self) -> int:
-        """How many photographs are trained on."""
-        return len(self.photos) - int(self.held_out * len(self.photos))
+    def _count_held_out(self, photos: list[Tensor]) -> int:
+        return int(self.held_out * len(photos))
 
     @cached_property
     def _split(self) -> tuple[Int[Tensor, " A"], Int[Tensor, " B"]]:
         assert isinstance(self._dataset, Crops)
-        held_out = self._dataset.photo >= self._trained
+        held_out = self._dataset.photo >= len(self.photos) - self._count_held_out(self.photos)
         return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
 
 
@@ -111,7 +109,7 @@ def _bundled() -> list[Record]:
     except ImportError as error:
         raise UsageError(
             "data.path must be a folder of photographs; without one, those of scikit-image are "
-            "needed: pip install 'rolldiff[photos]'"
+            "needed: pip install scikit-image"
         ) from error
     folder = Path(skimage.__file__).parent / "data"
     files = [folder / name for name in BUNDLED]

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from rolldiff.decoder import DecodeConfig, Frame, check_pixels
-from rolldiff.errors import UsageError, instance
+from rolldiff.decoder import DecodeConfig, Frame
+from rolldiff.errors import UsageError, dense_tensor, instance
 from rolldiff.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Reconstruction", "reconstruct"]
@@ -42,11 +42,14 @@ class Reconstruction:
         *,
         seed: int | torch.Generator | None = None,
         frames: int | None = None,
+        preview: bool = True,
     ) -> Iterator[Frame]:
         """The pictures while they are decoded; see `Decoder.stream`."""
         height, width = self.size
-        decoder = self.tokenizer.decoder
-        for frame in decoder.stream(self.latents, config, seed=seed, frames=frames):
+        stream = self.tokenizer.decoder.stream(
+            self.latents, config, seed=seed, frames=frames, preview=preview
+        )
+        for frame in stream:
             yield replace(
                 frame,
                 image=frame.image[..., :height, :width],
@@ -72,7 +75,7 @@ def reconstruct(tokenizer: Tokenizer, image: Float[Tensor, "B C H W"]) -> Recons
     """
     instance(tokenizer, Tokenizer, "tokenizer", "a Tokenizer")
     channels = tokenizer.decoder.layout.image_shape[0]
-    check_pixels(image, "image")
+    dense_tensor(image, "image")
     if image.ndim != 4 or image.shape[1] != channels or not image.numel():
         raise UsageError(f"image must have shape (B, {channels}, H, W), got {tuple(image.shape)}")
     height, width = image.shape[2:]
