@@ -871,6 +871,16 @@ def test_results_are_compared_as_printed(monkeypatch, capsys):
     assert "\n".join(rows) in page
 
 
+@pytest.mark.parametrize("metric", ["fd_classifier", "fd_pixels"])
+def test_the_page_of_fashion_mnist_holds_what_is_printed(metric, monkeypatch, capsys):
+    folder = Path(__file__).parents[1] / "benchmarks"
+    results = f"one_stream={folder / 'fashion_mnist/one_stream.jsonl'}"
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--all", metric, results])
+    runpy.run_path(str(folder / "compare.py"), run_name="__main__")
+    page = (folder / "fashion_mnist/likelihood.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page
+
+
 def test_the_page_of_windows_holds_what_is_printed(monkeypatch, capsys):
     folder = Path(__file__).parents[1] / "benchmarks"
     page = (folder / "digits/windows.md").read_text(encoding="utf-8")
