@@ -38,7 +38,7 @@ RESUMABLE = ("resume", "time_limit", "progress", "trust")
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
 
-DATA = frozenset(f"rolldiff.data.{name}" for name in ("Digits", "Folder", "Hub"))
+DATA = frozenset(f"rolldiff.data.{name}" for name in ("Digits", "Folder", "Hub", "Photos"))
 
 TARGETS = (
     DATA

@@ -15,6 +15,7 @@ from PIL import Image as Picture
 from rolldiff import hub
 from rolldiff.cli import config_dir
 from rolldiff.training import LitTokenizer, train
+from rolldiff.trust import TARGETS
 
 CONF = config_dir()
 LEAVES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
@@ -47,6 +48,16 @@ def composed(command, *overrides):
         return compose(
             command, ["run_dir=unused", *overrides] if command == "train" else list(overrides)
         )
+
+
+def test_what_a_leaf_names_may_be_named_by_a_run_that_is_resumed():
+    named = {
+        target
+        for path in CONF.glob("*/*.yaml")
+        for target in re.findall(r"_target_: (\S+)", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    assert named <= TARGETS
 
 
 @pytest.mark.parametrize("leaf", PARTS, ids=str)
