@@ -318,7 +318,7 @@ JSON += [
     {"_target_": "os.system", "command": "true"},
     {"_target_": "builtins.open", "file": "ran", "mode": "w"},
     {"_target_": "rolldiff.hub.Path", "x": 1},
-    {"_target_": "rolldiff.evaluation.features.Inception"},
+    {"_target_": "rolldiff.evaluation.networks.Inception"},
     {"_target_": "rolldiff.Patches", "image_size": 8, "channels": 1, "patch": 2},
     {"_target_": "rolldiff.Rectified"},
     {"_target_": "rolldiff.Cosine", "shift": 2},

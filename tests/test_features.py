@@ -1,11 +1,6 @@
 """Feature extractors: frozen, named, hashed, and each the network that it says it is."""
 
 import hashlib
-import importlib
-import io
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,17 +11,12 @@ from rolldiff.errors import UsageError
 from rolldiff.evaluation import features
 from rolldiff.evaluation.features import (
     Classifier,
-    Inception,
     Pixels,
-    ResNet56,
     as_extractor,
     train_classifier,
 )
 from rolldiff.evaluation.metrics import frechet_distance
-
-SHARED = Path(__file__).parents[2] / "shared"
-WEIGHTS = SHARED / "weights" / "resnet56-cifar10.safetensors"
-CIFAR = SHARED / "data" / "cifar10"
+from rolldiff.evaluation.networks import ResNet56
 
 
 class Mean(nn.Module):
@@ -298,186 +288,3 @@ def test_digits(tmp_path):
     image = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     found = train_classifier(image, torch.tensor(digits.target), folder=tmp_path)
     assert found.accuracy > 0.97
-
-
-# ResNet-56
-
-
-def test_a_block_equals_its_parts():
-    """Option A: the shortcut has every second pixel and zeros in the new channels."""
-    block = features._ResNetBlock(4, 8).eval()
-    x = torch.randn(2, 4, 6, 6)
-    nn.init.zeros_(block.bn2.weight)
-    expected = torch.zeros(2, 8, 3, 3)
-    expected[:, 2:6] = x[:, :, ::2, ::2].relu()
-    assert torch.equal(block(x), expected)
-
-
-def test_bad_files_of_resnet56(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(ValueError, match=f"path must be a file of weights, got {path}"):
-        ResNet56(path)
-    path.write_bytes(b"\x00" * 20)
-    with pytest.raises(ValueError, match=f"path must be a safetensors file.*got {path}"):
-        ResNet56(path)
-    save_file({"linear.weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="of ResNet-56, got .*weights.safetensors"):
-        ResNet56(path)
-
-
-@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"the published weights are not at {WEIGHTS}")
-def test_resnet56_knows_its_training_images():
-    table = pytest.importorskip("pyarrow.parquet", reason="reading CIFAR-10 needs pyarrow")
-    pictures = pytest.importorskip("PIL.Image")
-    shards = sorted(CIFAR.glob("train-*.parquet"))
-    if not shards:
-        pytest.skip(f"CIFAR-10 is not at {CIFAR}")
-    rows = next(table.ParquetFile(shards[0]).iter_batches(300)).to_pylist()
-    image = torch.stack([pixels(pictures.open(io.BytesIO(row["img"]["bytes"]))) for row in rows])
-    label = torch.tensor([row["label"] for row in rows])
-    extractor = ResNet56(WEIGHTS)
-    found = torch.cat([extractor.logits(part) for part in image.split(100)])
-    assert (found.argmax(1) == label).double().mean() > 0.95
-    assert extractor(image[:3]).shape == (3, 64)
-
-
-def pixels(picture):
-    data = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(picture.height, picture.width, 3).permute(2, 0, 1) / 127.5 - 1
-
-
-# Inception
-
-
-class Small(nn.Module):
-    """In the place of torch-fidelity's network: it loads as that does, and remembers its input."""
-
-    def __init__(self, name, features_list, feature_extractor_weights_path=None):
-        super().__init__()
-        self.linear = nn.Linear(3, 2048)
-        assert features_list == ["2048"]
-        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
-
-    def forward(self, image):
-        assert image.dtype == torch.uint8
-        self.seen = image
-        return (self.linear(image.float().mean((2, 3))),)
-
-
-@pytest.fixture
-def fidelity(monkeypatch):
-    """An installed torch-fidelity, as far as it is used."""
-    name = "torch_fidelity.feature_extractor_inceptionv3"
-    module = ModuleType(name)
-    module.FeatureExtractorInceptionV3 = Small
-    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-def written(folder, content):
-    """A file under the name that its hash gives it."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path = folder / f"weights-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
-    path.write_bytes(buffer.getvalue())
-    return path
-
-
-@pytest.mark.usefixtures("fidelity")
-def test_inception_sees_saved_images(tmp_path):
-    path = written(tmp_path, nn.Linear(3, 2048).state_dict(prefix="linear."))
-    extractor = Inception(path)
-    image = torch.tensor([-9, -1, -0.999, 0.0, 0.5, 1, 2.0]).view(1, 1, 1, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = extractor(image)
-    assert found.shape == (1, 2048)
-    assert found.dtype == torch.float32
-    expected = torch.tensor([0, 0, 0, 128, 191, 255, 255], dtype=torch.uint8)
-    assert torch.equal(extractor.network.seen, expected.expand(1, 3, 1, 7))
-    # An image that was saved comes out as it was.
-    byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    extractor((byte / 127.5 - 1).expand(1, 3, 16, 16))
-    assert torch.equal(extractor.network.seen[:, :1], byte)
-    with pytest.raises(ValueError, match=r"shape \(B, 1 or 3, H, W\), got \(2, 2, 4, 4\)"):
-        extractor(torch.zeros(2, 2, 4, 4))
-    # Only the published weights give an FID.
-    assert extractor.distance_name == "fd_inception"
-    extractor.published = True
-    assert extractor.distance_name == "fid"
-    assert not any(p.requires_grad for p in extractor.parameters())
-
-
-@pytest.mark.usefixtures("fidelity")
-def test_a_file_that_is_not_the_one_in_its_name(tmp_path):
-    path = tmp_path / features.INCEPTION
-    with pytest.raises(
-        ValueError, match=r"must be weights-inception-2015-12-05-6726825d\.pth from"
-    ):
-        Inception(path)
-    path.write_bytes(b"something else")
-    found = hashlib.sha256(b"something else").hexdigest()[:8]
-    with pytest.raises(ValueError, match=f"must end in the start of its SHA-256.* with {found}"):
-        Inception(path)
-    path = path.rename(tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="must end in the start of its SHA-256"):
-        Inception(path)
-
-
-@pytest.mark.usefixtures("fidelity")
-def test_nothing_but_tensors_is_unpickled(tmp_path):
-    with pytest.raises(ValueError, match="path must be a file of Inception's weights, got"):
-        Inception(written(tmp_path, {"linear.weight": Path("code")}))
-    with pytest.raises(ValueError, match="path must be a file of Inception's weights, got"):
-        Inception(written(tmp_path, {"linear.weight": torch.zeros(3)}))
-    content = written(tmp_path, {"linear.weight": torch.zeros(99)}).read_bytes()[:-99]
-    path = tmp_path / f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="path must be a file of Inception's weights, got"):
-        Inception(path)
-
-
-@pytest.mark.usefixtures("fidelity")
-def test_inception_where_nothing_can_be_downloaded(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(ValueError, match=r"6726825d\.pth from https://github.com/.*no network"):
-        Inception()
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ModuleNotFoundError("No module named 'x'"), r"pip install rolldiff\[fid\]"),
-        (RuntimeError("operator torchvision::nms does not exist"), "a torchvision built for"),
-    ],
-)
-def test_inception_without_its_package(monkeypatch, error, message):
-    def refuse(name):
-        raise error
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(ValueError, match=message):
-        Inception()
-
-
-def test_inception_of_torch_fidelity(tmp_path):
-    """The real package; with random weights, because the published ones are 95 MB."""
-    try:
-        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torch-fidelity cannot be imported, Inception is untested: {error}")
-    with pytest.MonkeyPatch.context() as patch:
-        # Its constructor always loads: this leaves the weights as they are drawn.
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr(torch, "load", lambda *_, **__: None)
-        network = module.FeatureExtractorInceptionV3(
-            "random", ["2048"], feature_extractor_weights_path="none"
-        )
-    extractor = Inception(written(tmp_path, network.state_dict()))
-    image = torch.rand(2, 1, 16, 16) * 2 - 1
-    byte = ((image + 1) * 127.5).round().to(torch.uint8).repeat(1, 3, 1, 1)
-    assert torch.equal(extractor(image), network(byte)[0])
-    assert extractor(image).shape == (2, 2048)

@@ -104,6 +104,6 @@ def test_only_public_classes_are_built():
     assert build(describe(ClassLabels(3))) == ClassLabels(3)
     old = {"_target_": "rolldiff.conditions.TokenGrid", "height": 2, "width": 3, "codes": 5}
     assert build(old) == TokenGrid(2, 3, codebook_size=5)
-    for name in ("rolldiff.evaluation.features.Inception", "rolldiff.hub.Pretrained", "os.system"):
+    for name in ("rolldiff.evaluation.networks.Inception", "rolldiff.hub.Pretrained", "os.system"):
         with pytest.raises(ValueError, match="_target_ must name a class"):
             build({"_target_": name})

@@ -318,7 +318,7 @@ def payloads(marker):
         {"_target_": "rolldiff.data.sources.Path", "_args_": [path]},
         {"_target_": "rolldiff.data.sources.ImageFolder", "path": "/"},
         {"_target_": "rolldiff.data.Hub", "name": "a/b"},
-        {"_target_": "rolldiff.evaluation.features.Inception", "path": None},
+        {"_target_": "rolldiff.evaluation.networks.Inception", "path": None},
         {"_target_": "rolldiff.files.write_text", "path": path, "text": "x"},
         {"_target_": "rolldiff.files.written_whole", "path": path},
         {"_target_": "rolldiff.cli.main", "argv": ["train"]},

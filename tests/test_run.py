@@ -539,7 +539,7 @@ PAYLOADS = {
     "hub": {"data.seed": {"_target_": "torch.hub.load", "repo_or_dir": "a/b", "model": "c"}},
     "numpy": {"report": {"_target_": "rolldiff.evaluation.metrics.torch.hub.load"}},
     "get_method": {"lit.optimizer": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
-    "a download": {"data.seed": {"_target_": "rolldiff.evaluation.features.Inception"}},
+    "a download": {"data.seed": {"_target_": "rolldiff.evaluation.networks.Inception"}},
     "a list": {"callbacks.x": {"y": [[{"_target_": "os.remove", "path": "MARK"}]]}},
     "no text": {"data._target_": ["os.system"]},
     "environment": {"seed": "${oc.env:HOME}"},

@@ -3,37 +3,31 @@
 An extractor maps images `[B, C, H, W]`, floats in about [-1, 1], to features `[B, F]`. It is frozen
 and in evaluation mode, and computes in float32 without gradients or autocast, whatever the context
 of the call. Its Fréchet distance is called `fd_<name>`; two distances are comparable if the names
-and the hashes of the weights are the same. Weights of published networks come from a file, which is
-checked before it is used.
+and the hashes of the weights are the same. Published networks are in `networks.py`.
 """
 
 import hashlib
-import importlib
-import io
 import os
 import re
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rolldiff.errors import UsageError, finite_number, reason, whole_number
+from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.metrics import all_finite
 from rolldiff.files import written_whole
 
 __all__ = [
     "Classifier",
     "Extractor",
-    "Inception",
     "Pixels",
-    "ResNet56",
     "as_extractor",
     "short_hash",
     "train_classifier",
@@ -354,176 +348,3 @@ def _cache_folder(folder: str | Path | None) -> Path:
     if not os.access(folder, os.W_OK):
         raise UsageError(f"folder must be one that can be written, got {folder}")
     return folder
-
-
-# Published networks
-
-
-class ResNet56(Extractor):
-    """ResNet-56 for CIFAR-10 (He et al. 2015, option A shortcuts): 64 features after the pooling.
-
-    It takes images of three channels in [-1, 1] and was trained on 32 x 32 pixels.
-
-    Args:
-        path: a safetensors file with `conv1`, `bn1`, `layer1.0.conv1` … `layer3.8.bn2`, `linear`,
-            trained on RGB in [0, 1], normalised by `MEAN` and `STD`.
-
-    Raises:
-        UsageError: if there is no such file, it is damaged, or it holds another network.
-    """
-
-    name = "resnet56_cifar10"
-    channels = (3,)
-    mean: Tensor
-    std: Tensor
-
-    MEAN = (0.485, 0.456, 0.406)
-    STD = (0.229, 0.224, 0.225)
-
-    def __init__(self, path: str | Path | None) -> None:
-        super().__init__()
-        path = _existing_file(path, "a file of weights")
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(_ResNetBlock(16, 16) for _ in range(9)))
-        self.layer2 = nn.Sequential(_ResNetBlock(16, 32), *(_ResNetBlock(32, 32) for _ in range(8)))
-        self.layer3 = nn.Sequential(_ResNetBlock(32, 64), *(_ResNetBlock(64, 64) for _ in range(8)))
-        self.linear = nn.Linear(64, 10)
-        for name, values in (("mean", self.MEAN), ("std", self.STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        try:
-            self.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise UsageError(
-                f"path must be a safetensors file of ResNet-56, got {path}: {reason(error)}"
-            ) from error
-        self.freeze()
-
-    def features(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 64"]:
-        x = ((image + 1) / 2 - self.mean) / self.std
-        x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-
-    def logits(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 10"]:
-        """The scores of the ten classes before the softmax."""
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            return self.linear(self(image))
-
-
-class _ResNetBlock(nn.Module):
-    """Two convolutions and a shortcut without weights.
-
-    Where the number of channels doubles, the shortcut takes every second pixel and pads the new
-    channels with zeros.
-    """
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.stride = after // before
-        self.padding = (after - before) // 2
-        self.conv1 = nn.Conv2d(before, after, 3, stride=self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding)))
-
-
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-
-
-class Inception(Extractor):
-    """Inception v3 as in the published FID: 2,048 features of torch-fidelity's network.
-
-    Images of one or three channels are clipped to [-1, 1] and rounded to 8 bits, because published
-    distances are those of saved images; the network resizes them to 299 x 299 as TensorFlow 1 did.
-    The distance is called `fid`, or `fd_inception` with other weights of the same network.
-
-    Args:
-        path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's release v0.2.0, or
-            another file whose name ends in the first digits of its SHA-256; None downloads the
-            former once.
-
-    Raises:
-        UsageError: if torch-fidelity is not installed or cannot be imported, there is no such file,
-            it does not match the hash in its name, or it holds another network.
-    """
-
-    name = "inception"
-    channels = (1, 3)
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        super().__init__()
-        network = _import_inception()
-        path = _download_inception() if path is None else path
-        path = _existing_file(path, f"{INCEPTION} from {RELEASE}")
-        data = path.read_bytes()
-        expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
-        digest = hashlib.sha256(data).hexdigest()
-        if not expected or not digest.startswith(expected[1]):
-            raise UsageError(
-                f"path must end in the start of its SHA-256, as {INCEPTION} does, "
-                f"got {path} with {digest[:8]}"
-            )
-        self.published = digest.startswith(INCEPTION[-12:-4])
-        try:
-            # torch-fidelity unpickles whatever it is given, so it gets a file of tensors only.
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            tensors = io.BytesIO()
-            torch.save(state, tensors)
-            tensors.seek(0)
-            self.network = network("inception", ["2048"], feature_extractor_weights_path=tensors)
-        except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-            raise UsageError(
-                f"path must be a file of Inception's weights, got {path}: {reason(error)}"
-            ) from error
-        self.freeze()
-
-    @property
-    def distance_name(self) -> str:
-        return "fid" if self.published else "fd_inception"
-
-    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2048"]:
-        byte = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return self.network(byte.expand(-1, 3, -1, -1))[0]
-
-
-def _import_inception() -> Any:
-    try:
-        # By name: torch-fidelity and torchvision are needed for FID alone.
-        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ImportError as error:
-        raise UsageError(
-            f"Inception needs torch-fidelity: pip install rolldiff[fid] ({reason(error)})"
-        ) from error
-    except RuntimeError as error:
-        # A torchvision of another build of torch reports only that an operator does not exist.
-        raise UsageError(
-            "Inception needs a torchvision built for the installed torch "
-            f"{torch.__version__}: {reason(error)}"
-        ) from error
-    return module.FeatureExtractorInceptionV3
-
-
-def _download_inception() -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(RELEASE + INCEPTION, str(path), progress=False)
-        except OSError as error:
-            raise UsageError(
-                f"path must be given where nothing can be downloaded: {INCEPTION} from {RELEASE} "
-                f"({reason(error)})"
-            ) from error
-    return path
-
-
-def _existing_file(path: str | Path | None, expected: str) -> Path:
-    if path is None or not Path(path).is_file():
-        raise UsageError(f"path must be {expected}, got {path}, which is no file")
-    return Path(path)
