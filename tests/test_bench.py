@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ from rolldiff.cli import config_dir
 from rolldiff.data import Digits
 from rolldiff.decoder import Cost, DecodeOutput
 from rolldiff.errors import UsageError
-from rolldiff.evaluation import report
+from rolldiff.evaluation import report, sweep
 from rolldiff.evaluation.features import Classifier, Pixels
 from rolldiff.evaluation.images import save_images
 from rolldiff.evaluation.measure import (
@@ -47,7 +48,9 @@ from rolldiff.evaluation.measure import (
     _Batch,
     expected_cost,
     extract_features,
+    random_halves,
 )
+from rolldiff.evaluation.metrics import frechet_distance
 from rolldiff.evaluation.plots import plot_costs
 from rolldiff.evaluation.report import config_label, pareto_front
 from rolldiff.evaluation.results import SETTINGS, Results, Timings
@@ -260,6 +263,61 @@ def test_likelihoods_are_those_of_images_that_are_held_out(run, whole):
     assert "bits_per_dim_bound" in (whole / "report.md").read_text()
 
 
+def test_samples_are_compared_with_images_of_the_training_too(run, tmp_path):
+    one = ["bench.num_groups=1", "bench.steps=2", "bench.seeds=[3]", "bench.likelihood=null"]
+    asked = ask(run, tmp_path, "data=digits", "bench.training_images=100", *one)
+    bench(asked, conf=config_dir())
+    (record,) = map(json.loads, lines(tmp_path))
+    seen = Digits(image_size=8, channels=1, held_out=0.5, reference_images=100).image.flatten(1)
+    data = Digits(image_size=8, channels=1)
+    order = torch.randperm(len(data.image), generator=torch.Generator().manual_seed(0))[:50]
+    decoder = Decoder.from_pretrained(run)
+    fake = decoder.decode(data.label[order], num_groups=1, steps=2, seed=3).image.flatten(1)
+    real = data.image.flatten(1)
+
+    def distance(a, b):
+        return pytest.approx(float(frechet_distance(a, b)), rel=1e-4)
+
+    assert record["metrics"]["fd_pixels_train"]["mean"] == distance(seen, fake)
+    assert record["metrics"]["fd_pixels"]["mean"] == distance(real, fake)
+    assert record["real"] == {"fd_pixels": distance(real, seen)}
+    halves = random_halves(real, 5)
+    found = statistics.fmean(float(frechet_distance(a, b)) for a, b in halves)
+    assert record["floors"]["fd_pixels"] == pytest.approx(found, rel=1e-4)
+    report = (tmp_path / "report.md").read_text()
+    assert "is a distance from 100 images of the training" in report
+    ratio = record["metrics"]["fd_pixels"]["mean"] / found
+    assert f"{record['metrics']['fd_pixels']['mean']:.3g} ({ratio:.1f})" in report
+    # Other images of the training are another benchmark.
+    with pytest.raises(UsageError, match="results of the same training"):
+        bench(
+            ask(run, tmp_path, "data=digits", "bench.training_images=99", *one), conf=config_dir()
+        )
+
+
+def test_the_classifier_is_trained_on_images_of_the_training(run, tmp_path, monkeypatch):
+    """Not on those that samples are compared with, if there are others."""
+    given = []
+
+    def classifier(image, label):
+        given.append((image, label))
+        return Pixels()
+
+    monkeypatch.setattr(sweep, "instantiate", lambda *a, **k: instantiated(classifier, *a, **k))
+    features = ["bench.features=[classifier]", "bench.training_images=100", "data=digits"]
+    one = ["bench.num_groups=1", "bench.steps=2", "bench.seeds=[3]", "bench.likelihood=null"]
+    bench(ask(run, tmp_path, *features, *one), conf=config_dir())
+    ((image, label),) = given
+    seen = Digits(image_size=8, channels=1, held_out=0.5, reference_images=100)
+    assert torch.equal(image, seen.image)
+    assert torch.equal(label, seen.label)
+
+
+def instantiated(classifier, cfg, **settings):
+    target = cfg.get("_target_", "") if hasattr(cfg, "get") else ""
+    return classifier if target.endswith("train_classifier") else instantiate(cfg, **settings)
+
+
 def test_operations_are_those_of_the_tokens(whole):
     rows = [json.loads(line) for line in lines(whole) if json.loads(line)["num_groups"] == 1]
     twice, four = sorted(row["flops"] for row in rows)
@@ -366,6 +424,8 @@ def nothing_is_decoded(monkeypatch):
     [
         ("bench.features=[colour]", "bench.features must be among"),
         ("bench.features=[resnet56_cifar10]", "path"),
+        ("bench.training_images=100", "bench.training_images must be null without data=…"),
+        ("bench.training_images=1", "bench.training_images must be a whole number of 4"),
         ("bench.features=[]", "bench.features must hold at least one value, got none"),
         ("bench.features=[1]", "bench.features must be among"),
         ("bench.features=null", "bench.features must be among"),
@@ -589,20 +649,21 @@ def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
     fine |= {(key, text) for key in record for text in ("", "1") if isinstance(record[key], str)}
     fine -= {(key, text) for key in ("order", "solver") for text in ("", "1")}
     fine |= {("match", ""), ("commit", ""), ("likelihood", None)}
+    fine |= {("training", value) for value in (None, "", "1")}
     refused = 0
     for key in record:
         for value in WRONG:
             if not isinstance(value, list | dict) and (key, value) in fine:
                 continue
-            if (key, value) == ("extractors", {}):
+            if (key, value) in [(name, {}) for name in ("extractors", "floors", "real")]:
                 continue
             path = change(with_value(key, value=value))
             with pytest.raises(UsageError, match=f"line 2 of {path}"):
                 read(path)
             refused += 1
         path = change(without(key))
-        if key == "likelihood":  # older lines have none
-            assert read(path).records[1]["likelihood"] is None
+        if key in ("likelihood", "training", "floors", "real"):  # older lines have none
+            assert not read(path).records[1][key]
             continue
         words = "method None" if key == "method" else f"is damaged: {key} must be given"
         with pytest.raises(UsageError, match=words):

@@ -11,9 +11,9 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +46,7 @@ __all__ = [
     "extract_features",
     "mean_std",
     "processes",
+    "random_halves",
 ]
 
 T = TypeVar("T")
@@ -146,6 +147,7 @@ class Evaluator:
             without.
         extractors: by name.
         features: of the images, by the same names.
+        seen: features of images that were trained on; empty to compare with none.
         samples: images per seed.
         seeds: of the noise.
         batch_size: images decoded at a time.
@@ -167,6 +169,7 @@ class Evaluator:
     pairs: int
     dtype: torch.dtype | None
     processes: "Processes"
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
     likelihood: LikelihoodConfig | None = None
     held_out: tuple[Float[Tensor, "M C H W"], Int[Tensor, " M"]] | None = None
 
@@ -179,12 +182,32 @@ class Evaluator:
         """A random part of the images or of their features, `pairs` at most."""
         return data if len(data) <= self.pairs else data[self.order[: self.pairs]]
 
+    @cached_property
+    def floors(self) -> dict[str, float]:
+        """The split-half distances of the images, by metric: means over five splits."""
+        found: dict[str, float] = {}
+        for name, extractor in self.extractors.items():
+            halves = list(random_halves(self.features[name], 5))
+            parts = [(a[: self.pairs], b[: self.pairs]) for a, b in halves]
+            found[extractor.distance_name] = _mean(frechet_distance(a, b) for a, b in halves)
+            found[f"kd_{name}"] = _mean(kernel_distance(a, b) for a, b in parts)
+        return found
+
+    @cached_property
+    def real(self) -> dict[str, float]:
+        """The distances of the images trained on from those compared with, by metric."""
+        return {
+            self.extractors[name].distance_name: float(frechet_distance(self.features[name], seen))
+            for name, seen in self.seen.items()
+        }
+
     @property
     def metric_names(self) -> list[str]:
         """The metrics of every configuration; `seams` comes beside them where there are seams."""
         names = list(self.extractors)
         return [
             *(extractor.distance_name for extractor in self.extractors.values()),
+            *(f"{self.extractors[name].distance_name}_train" for name in self.seen),
             *(f"kd_{name}" for name in names),
             *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
             "by_band",
@@ -258,6 +281,8 @@ class Evaluator:
         for name, extractor in self.extractors.items():
             real, fake = self.features[name], torch.cat([b.features[name] for b in batches])
             metrics[extractor.distance_name] = float(frechet_distance(real, fake))
+            if (seen := self.seen.get(name)) is not None:
+                metrics[f"{extractor.distance_name}_train"] = float(frechet_distance(seen, fake))
             real, fake = self.part(real), fake[: self.pairs]  # samples are in random order
             metrics[f"kd_{name}"] = float(kernel_distance(real, fake))
             precision, recall = precision_recall(real, fake)
@@ -310,6 +335,18 @@ class Evaluator:
         with FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops}) as counter:
             self.decode(config, seed=0, count=1)
         return counter.get_total_flops()
+
+
+def random_halves(data: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two random halves, several times; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(splits):
+        first, second = torch.randperm(len(data), generator=generator).chunk(2)
+        yield data[first], data[second]
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    return statistics.fmean(map(float, values))
 
 
 def extract_features(

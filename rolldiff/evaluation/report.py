@@ -7,7 +7,7 @@ ended.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,8 +22,8 @@ from rolldiff.diffusion.sampler import Solver
 from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.features import Classifier
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif, save_picture
-from rolldiff.evaluation.measure import Evaluator
-from rolldiff.evaluation.metrics import frechet_distance, kernel_distance, pixel_distance, psnr
+from rolldiff.evaluation.measure import Evaluator, random_halves
+from rolldiff.evaluation.metrics import pixel_distance, psnr
 from rolldiff.evaluation.plots import COSTS, groups_label, plot_costs, plot_matrices
 from rolldiff.evaluation.results import config_of
 from rolldiff.files import write_text
@@ -40,7 +40,6 @@ __all__ = [
     "TrainingReport",
     "config_label",
     "pareto_front",
-    "random_halves",
     "split_half_distance",
     "write_report",
 ]
@@ -106,8 +105,8 @@ def write_report(
     The text comes last: an earlier report stays until all its pictures are there.
     """
     distances = [extractor.distance_name for extractor in evaluator.extractors.values()]
-    floors = _floors(evaluator)
-    parts = [_setup(records[0], distances[0], floors, evaluator=evaluator)]
+    floors = evaluator.floors
+    parts = [_setup(records[0], distances[0], evaluator=evaluator)]
     variants = _variants(records)
     usual = next(iter(variants.values()))
     samples = _samples(usual, folder, evaluator=evaluator, solvers=solvers, metric=distances[0])
@@ -115,7 +114,9 @@ def write_report(
         title = ", ".join(variant) or "top to bottom, Euler"
         file = "-".join(["cost", *(word.replace(" ", "_") for word in variant)]) + ".png"
         plot_costs(members, folder / file, metrics=distances, title=title, floors=floors)
-        table = _table(members, [*distances, *_other_metrics(evaluator)], distances[0])
+        columns = [*distances, *_other_metrics(evaluator)]
+        near = {name: floors[name] for name in distances if floors[name] > 0}
+        table = _table(members, columns, metric=distances[0], floors=near)
         parts += [
             f"## {title[0].upper()}{title[1:]}\n",
             f"![metrics against cost]({file})\n",
@@ -129,11 +130,9 @@ def write_report(
     write_text(folder / "report.md", "\n".join(parts))
 
 
-def _setup(
-    record: Record, metric: str, floors: Mapping[str, float], *, evaluator: Evaluator
-) -> str:
+def _setup(record: Record, metric: str, *, evaluator: Evaluator) -> str:
     labels = evaluator.label is not None
-    halves = ", ".join(f"{name} {value:.3g}" for name, value in floors.items())
+    halves = ", ".join(f"{name} {value:.3g}" for name, value in evaluator.floors.items())
     return f"""# Quality against cost
 
 Checkpoint `{record["ckpt"]}` ({record["checkpoint"]}), compared with {record["reference_images"]}
@@ -152,9 +151,22 @@ each, so a result at equal tokens need not hold at equal NFE.
 
 Split-half distances, between two random halves of the data: {halves}. Halves are smaller sets than
 those compared here, so lower distances are possible. They say nothing about images outside of the
-data. `results.jsonl` holds every seed, and `by_band`, the pixel-space distance of each quarter from
-the top down.
-{_extractors(evaluator)}"""
+data. A number in brackets is a distance over its split-half distance. `results.jsonl` holds every
+seed, and `by_band`, the pixel-space distance of each quarter from the top down.
+{_seen(evaluator)}{_extractors(evaluator)}"""
+
+
+def _seen(evaluator: Evaluator) -> str:
+    """What a distance from the images trained on is to be compared with."""
+    if not evaluator.seen:
+        return ""
+    count = len(next(iter(evaluator.seen.values())))
+    real = ", ".join(f"{name} {value:.3g}" for name, value in evaluator.real.items())
+    return (
+        f"\nA name that ends in `_train` is a distance from {count} images of the training. They "
+        f"are themselves {real} from the images compared with. Samples that are nearer to the "
+        "images of the training than to the others are memorised in part.\n"
+    )
 
 
 def _extractors(evaluator: Evaluator) -> str:
@@ -197,6 +209,7 @@ def _variants(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
 def _other_metrics(evaluator: Evaluator) -> list[str]:
     names = list(evaluator.extractors)
     return [
+        *(f"{evaluator.extractors[name].distance_name}_train" for name in evaluator.seen),
         *(f"kd_{name}" for name in names),
         *(f"{kind}_{name}" for name in names for kind in ("precision", "recall")),
         "seams",
@@ -204,7 +217,9 @@ def _other_metrics(evaluator: Evaluator) -> list[str]:
     ]
 
 
-def _table(records: Sequence[Record], metrics: Sequence[str], metric: str) -> str:
+def _table(
+    records: Sequence[Record], metrics: Sequence[str], *, metric: str, floors: Mapping[str, float]
+) -> str:
     fronts = {cost: pareto_front(records, cost=cost, metric=metric) for cost in COSTS}
     heads = ["NFE", "tokens", "seconds", "to the first group", "MFLOP per image", *metrics]
     lines = ["| configuration | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
@@ -214,16 +229,17 @@ def _table(records: Sequence[Record], metrics: Sequence[str], metric: str) -> st
             text = f"{record[cost]:.3g}" if cost == "seconds" else f"{record[cost]:,}"
             costs.append(f"**{text}**" if record in front else text)
         others = [f"{record['seconds_to_first_group']:.3g}", f"{record['flops'] / 1e6:.4g}"]
-        values = [_mean_std(record["metrics"].get(name)) for name in metrics]
+        values = [_mean_std(record["metrics"].get(n), floor=floors.get(n)) for n in metrics]
         lines.append(f"| {config_label(record)} | " + " | ".join([*costs, *others, *values]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _mean_std(metric: dict[str, Any] | None) -> str:
+def _mean_std(metric: dict[str, Any] | None, *, floor: float | None = None) -> str:
     if metric is None:
         return "–"
     spread = "" if metric["std"] is None else f" ± {metric['std']:.2g}"
-    return f"{metric['mean']:.3g}{spread}"
+    ratio = "" if floor is None else f" ({metric['mean'] / floor:.1f})"
+    return f"{metric['mean']:.3g}{spread}{ratio}"
 
 
 def _samples(
@@ -256,29 +272,6 @@ def _samples(
             f"At {cost} {budget:,}, or the nearest measured below:\n\n![samples]({file})\n"
         )
     return "\n".join(parts)
-
-
-def _floors(evaluator: Evaluator, *, splits: int = 5) -> dict[str, float]:
-    """The split-half distances of the data, means over some splits."""
-    floors: dict[str, float] = {}
-    count = evaluator.pairs
-    for name, extractor in evaluator.extractors.items():
-        distances = [
-            (float(frechet_distance(a, b)), float(kernel_distance(a[:count], b[:count])))
-            for a, b in random_halves(evaluator.features[name], splits)
-        ]
-        frechet, kernel = zip(*distances, strict=True)
-        floors[extractor.distance_name] = fmean(frechet)
-        floors[f"kd_{name}"] = fmean(kernel)
-    return floors
-
-
-def random_halves(data: Float[Tensor, "B ..."], splits: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two random halves, several times; always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(splits):
-        first, second = torch.randperm(len(data), generator=generator).chunk(2)
-        yield data[first], data[second]
 
 
 def split_half_distance(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float | None:

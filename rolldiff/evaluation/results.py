@@ -239,9 +239,9 @@ def _list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _texts(value: Any, name: str) -> None:
-    for key, text in _items(value, name).items():
-        _text(text, f"{name}.{key}")
+def _table_of(value: Any, name: str, *, check: Check) -> None:
+    for key, item in _items(value, name).items():
+        check(item, f"{name}.{key}")
 
 
 def _optional(value: Any, name: str) -> None:
@@ -298,7 +298,7 @@ FIELDS: dict[str, Check] = {
     "metrics": _items,
     "checkpoint": _text,
     "reference": _text,
-    "extractors": _texts,
+    "extractors": partial(_table_of, check=_text),
     "samples": _count,
     "seeds": _seeds,
     "batch_size": _count,
@@ -308,18 +308,21 @@ FIELDS: dict[str, Check] = {
     "ckpt": _text,
     "data": _text,
     "reference_images": _count,
+    "training": _optional,
+    "floors": partial(_table_of, check=finite_number),
+    "real": partial(_table_of, check=finite_number),
     "match": _optional,
     "likelihood": _likelihood,
     "processes": _count,
     "threads": _count,
-    "versions": _texts,
+    "versions": partial(_table_of, check=_text),
     "commit": _optional,
 }
 
 
 def _checked(record: Record, *, layout: Layout, solvers: Mapping[str, Solver]) -> Record:
     """A record whose values are of the types and in the ranges that `bench` writes."""
-    older: Record = {"likelihood": None}
+    older: Record = {"likelihood": None, "training": None, "floors": {}, "real": {}}
     record = older | record
     for name, check in FIELDS.items():
         if name not in record:

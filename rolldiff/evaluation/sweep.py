@@ -280,6 +280,7 @@ class _Sweep:
         batch_size: images decoded at a time.
         pairs: images, at most, in metrics of pairs.
         features: names of extractors.
+        training_images: of the run, which are compared with as well; None for none.
         likelihood: how bits per dimension are computed; None for none.
         likelihood_images: of how many images, at most.
     """
@@ -292,6 +293,7 @@ class _Sweep:
     batch_size: int
     pairs: int
     features: list[str]
+    training_images: int | None
     likelihood: LikelihoodConfig | None
     likelihood_images: int
 
@@ -340,6 +342,14 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
     samples = swept.get("samples")
     if samples is not None:
         samples = whole_number(samples, "bench.samples", minimum=MIN_IMAGES)
+    training_images = swept.get("training_images")
+    if training_images is not None:
+        training_images = whole_number(training_images, "bench.training_images", minimum=MIN_IMAGES)
+        if not cfg.get("data"):
+            raise UsageError(
+                "bench.training_images must be null without data=…, for then the images compared "
+                f"with are those of the training, got {training_images}"
+            )
     makers = _plain(cfg, "features")
     features = _values(swept, "features", partial(_one_of, known=list(makers)))
     for name in features:
@@ -354,6 +364,7 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         batch_size=whole_number(swept.get("batch_size"), "bench.batch_size", minimum=2),
         pairs=whole_number(swept.get("pairs"), "bench.pairs", minimum=MIN_IMAGES),
         features=features,
+        training_images=training_images,
         likelihood=_likelihood(cfg, swept.get("likelihood")),
         likelihood_images=whole_number(swept.get("likelihood_images"), "bench.likelihood_images"),
     )
@@ -420,6 +431,46 @@ def _evaluator(
     source = instantiate(data, _convert_="all")
     with group.main_first():
         image, label = source.image, source.label
+        _check_images(image, label, decoder=decoder)
+        # A classifier had better not be trained on the images that samples are compared with.
+        known = image, label
+        if sweep.training_images is not None:
+            own = _training_data(cfg) | {"reference_images": sweep.training_images}
+            trained_on = instantiate(own, _convert_="all")
+            known = trained_on.image, trained_on.label
+            _check_images(*known, decoder=decoder)
+    classes = decoder.conditioning.num_classes
+    extractors: dict[str, Extractor] = {}
+    for name in _usable(cfg, sweep.features, *known):
+        with group.main_first():
+            made = _extractor(cfg.features[name], *known, name=name)
+        if made.name in extractors:
+            raise UsageError(f"bench.features must have different names, got {made.name} again")
+        extractors[made.name] = made.to(decoder.device)
+
+    def features_of(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {n: extract_features(image, e, device=decoder.device) for n, e in extractors.items()}
+
+    return Evaluator(
+        decoder=decoder,
+        image=image,
+        label=label if classes else None,
+        extractors=extractors,
+        features=features_of(image),
+        seen={} if sweep.training_images is None else features_of(known[0]),
+        samples=len(image) if sweep.samples is None else sweep.samples,
+        seeds=sweep.seeds,
+        batch_size=sweep.batch_size,
+        pairs=sweep.pairs,
+        dtype=named_dtype(cfg.dtype),
+        processes=group,
+        likelihood=sweep.likelihood,
+        held_out=None if sweep.likelihood is None else _held_out(cfg, sweep, source),
+    )
+
+
+def _check_images(image: torch.Tensor, label: torch.Tensor, *, decoder: Decoder) -> None:
+    """Refuse images and labels that are not like the decoder's."""
     shape = tuple(decoder.layout.image_shape)
     if image.shape[1:] != shape:
         found = tuple(image.shape[1:])
@@ -432,30 +483,6 @@ def _evaluator(
             f"data must have labels in 0 … {classes - 1}, as the decoder's, got "
             f"{label.min()} … {label.max()}"
         )
-    extractors: dict[str, Extractor] = {}
-    for name in _usable(cfg, sweep.features, image, label):
-        with group.main_first():
-            made = _extractor(cfg.features[name], image, label, name=name)
-        if made.name in extractors:
-            raise UsageError(f"bench.features must have different names, got {made.name} again")
-        extractors[made.name] = made.to(decoder.device)
-    return Evaluator(
-        decoder=decoder,
-        image=image,
-        label=label if classes else None,
-        extractors=extractors,
-        features={
-            n: extract_features(image, e, device=decoder.device) for n, e in extractors.items()
-        },
-        samples=len(image) if sweep.samples is None else sweep.samples,
-        seeds=sweep.seeds,
-        batch_size=sweep.batch_size,
-        pairs=sweep.pairs,
-        dtype=named_dtype(cfg.dtype),
-        processes=group,
-        likelihood=sweep.likelihood,
-        held_out=None if sweep.likelihood is None else _held_out(cfg, sweep, source),
-    )
 
 
 def _held_out(cfg: DictConfig, sweep: _Sweep, source: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -501,8 +528,11 @@ def _extractor(
 
 def run_data(cfg: DictConfig) -> DictConfig:
     """The settings of the data: those of the command, or those that the run was trained with."""
-    if cfg.get("data"):
-        return cfg.data
+    return cfg.data if cfg.get("data") else OmegaConf.create(_training_data(cfg))
+
+
+def _training_data(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of the data that the run was trained with."""
     config = Path(str(cfg.ckpt)).expanduser() / "config.yaml"
     if not config.is_file():
         raise UsageError(f"data must be given (data=…), for there is no {config} to take it from")
@@ -511,7 +541,7 @@ def run_data(cfg: DictConfig) -> DictConfig:
     target = data.get("_target_") if isinstance(data, dict) else None
     if target not in DATA and not str(target).startswith(trusted_prefixes(cfg.trust)):
         raise UsageError(f"data of {config} must be of rolldiff.data, got {target}; say data=…")
-    return OmegaConf.create({RENAMED_DATA.get(key, key): value for key, value in data.items()})
+    return {RENAMED_DATA.get(key, key): value for key, value in data.items()}
 
 
 def _matched(sweep: _Sweep, evaluator: Evaluator, *, folder: Path) -> list[DecodeConfig]:
@@ -551,6 +581,7 @@ def _same(evaluator: Evaluator, cfg: DictConfig) -> Record:
         "method": METHOD,
         "checkpoint": short_hash(evaluator.decoder.state_dict()),
         "reference": short_hash({"image": evaluator.image}),
+        "training": short_hash(dict(evaluator.seen)) if evaluator.seen else None,
         "extractors": {name: e.hash for name, e in evaluator.extractors.items()},
         "samples": evaluator.samples,
         "seeds": list(evaluator.seeds),
@@ -579,6 +610,8 @@ def _provenance(evaluator: Evaluator, cfg: DictConfig, data: DictConfig) -> Reco
         "ckpt": "".join(c if c.isprintable() else "?" for c in Path(cfg.ckpt).name),
         "data": data["_target_"],
         "reference_images": len(evaluator.image),
+        "floors": evaluator.floors,
+        "real": evaluator.real,
         "match": cfg.bench.match,
         "processes": evaluator.processes.size,
         "threads": torch.get_num_threads(),
