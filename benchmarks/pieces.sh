@@ -1,8 +1,8 @@
 # For the run.sh of each benchmark: trainings and benches in time slices of a few minutes each. Every
 # slice resumes where the last one stopped or was killed.
 #
-#   scale=full     on a GPU; scale=tiny in minutes on two CPU cores; scale=smoke in seconds, to try
-#                  the script
+#   scale=full     on a GPU; scale=small in hours, scale=tiny in minutes on a CPU; scale=smoke in
+#                  seconds, to try the script
 #   data=FOLDER    a local copy of the images in the hub's schema; without, they are fetched by name
 #   runs=FOLDER    where everything goes; runs
 #   minutes=N      per slice; 9
@@ -13,7 +13,7 @@ set -euo pipefail
 scale=full data= runs=runs minutes=9 once=false
 for word in "$@"; do
   case $word in
-    scale=full | scale=tiny | scale=smoke | data=?* | runs=?* | once=true | once=false) ;;
+    scale=full | scale=small | scale=tiny | scale=smoke | data=?* | runs=?* | once=true | once=false) ;;
     minutes=[1-9] | minutes=[1-9][0-9]) ;;
     feature=?*) ;;                 # weights of a feature network, where the card knows one
     *)

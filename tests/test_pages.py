@@ -13,6 +13,11 @@ from PIL import Image
 
 CARDS = Path(__file__).parents[1] / "benchmarks"
 SETS = {"cifar10": ("img", 32, 3), "fashion_mnist": ("image", 28, 1)}
+# The lines of each bench at scale=smoke.
+SMOKE = {
+    "cifar10": {"cifar10-smoke": 2},
+    "fashion_mnist": {"universal-s0": 2, "seven_half-s0": 1, "fashion_mnist-pixels-smoke": 2},
+}
 # What `rolldiff` and `timeout` are to the scripts; each piece is over before its work is done.
 ROLLDIFF = """#!/usr/bin/env bash
 echo "rolldiff $*" >> calls
@@ -113,13 +118,17 @@ def test_a_card_runs_end_to_end(card, tmp_path):
     features = {column: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     (tmp_path / "data").mkdir()
-    table.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    for split in ("train", "test"):
+        table.to_parquet(str(tmp_path / "data" / f"{split}-00000-of-00001.parquet"))
     done = run(card, "scale=smoke", f"data={tmp_path / 'data'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    for bench in tmp_path.glob("runs/*/bench"):
-        assert (bench / "report.md").is_file()
-        assert len((bench / "results.jsonl").read_text().splitlines()) == 2
-    assert len(list(tmp_path.glob("runs/*/bench"))) == (2 if card == "fashion_mnist" else 1)
+    found = {bench.parent.name: bench for bench in (tmp_path / "runs").rglob("bench")}
+    assert {name: len(lines(bench)) for name, bench in found.items()} == SMOKE[card]
+    assert all((bench / "report.md").is_file() for bench in found.values())
+
+
+def lines(bench):
+    return (bench / "results.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("report", sorted(CARDS.glob("*/tiny*/report.md")), ids=str)
