@@ -184,7 +184,7 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
                 label=model,
             )
             for cell in these:
-                label = cell.setting.removesuffix(", 16 steps").replace(" groups", "")
+                label = cell.setting.removesuffix(", 16 steps").removesuffix(", overlap 0")
                 at = getattr(cell, cost), cell.mean(metric)
                 axis.annotate(label, at, (4, 3), textcoords="offset points", fontsize=7)
         axis.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="split halves")

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import engine_cuda  # noqa: E402
 import engine_loops  # noqa: E402
 import engine_results  # noqa: E402
 import engine_rounds  # noqa: E402
+import grouping  # noqa: E402
 import likelihood_cost  # noqa: E402
+import peers  # noqa: E402
 import training_step  # noqa: E402
 import two_streams  # noqa: E402
 
@@ -211,3 +214,101 @@ def test_two_streams_with_one_window_are_one_stream():
     torch.testing.assert_close(*losses)
     two.training_distribution = Training((2, 4), overlap=(0.0,), clean_context=0.0)
     assert two.loss(image).isfinite()
+
+
+def line(groups, nfe, distance, *, steps=16, noise=0.1):
+    settings = {"num_groups": groups, "overlap": 0.0, "steps": steps, "order": "top_to_bottom"}
+    metric = {"mean": distance, "std": noise, "values": [distance]}
+    return settings | {
+        "solver": "euler",
+        "guidance": 0.0,
+        "nfe": nfe,
+        "tokens": 16 * steps + groups,
+        "seconds": float(nfe),
+        "metrics": {"fd_classifier": metric},
+        "floors": {"fd_classifier": 0.5},
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two trainings for all settings, a network for four groups, and a peer."""
+    files = {
+        "universal-s0": [line(1, 16, 3.0), line(4, 64, 2.0)],
+        "universal-s1": [line(1, 16, 5.0), line(4, 64, 2.5)],
+        "universal-s0-more": [line(1, 64, 2.8, steps=64, noise=None)],
+        "four-s0": [line(4, 64, 1.5)],
+        "times": [line(1, 20, 0.0), line(4, 30, 0.0)],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [{"nfe": 16, "fd_classifier": {"mean": 6.0, "std": 0.2}}]
+    worse = [{"nfe": 16, "fd_classifier": {"mean": 7.0, "std": 0.2}}]
+    table = {"a DiT, rate 0.1": {"cells": worse}, "a DiT, rate 0.2": {"cells": cells}}
+    (tmp_path / "peers.json").write_text(json.dumps({"num_tokens": 16, "table": table}))
+    return tmp_path
+
+
+def test_the_answer_on_grouping_is_a_table(results, monkeypatch, capsys):
+    figure = results / "grouping.png"
+    monkeypatch.setattr(sys, "argv", ["grouping.py", str(results), "--figure", str(figure)])
+    grouping.main()
+    best, full = capsys.readouterr().out.strip().split("\n\n")
+    assert best.splitlines()[0] == "| best | one checkpoint for all | a network for each | a DiT |"
+    cells = {row.split(" | ")[0]: row.rstrip(" |").split(" | ")[1:] for row in best.splitlines()}
+    four, one = (
+        "2.25 ± 0.35 (4.5): 4 groups, overlap 0, 16 steps",
+        "4 ± 1.4 (8.0): 1 group, 16 steps",
+    )
+    alone, dit = "1.5 ± 0.1* (3.0): 4 groups, overlap 0, 16 steps", "6 ± 0.2* (12.0): 16 steps"
+    assert cells["| at any cost"] == [four, alone, dit]
+    assert cells["| at most 16 calls"] == [one, "–", dit]
+    assert cells["| at most 64 calls"] == [four, alone, dit]
+    assert cells["| at most 283 tokens"] == [four, alone, dit]
+    assert cells["| at most 1.1 of the time"] == [one, "–", "–"]
+    rows = full.splitlines()[2:]
+    assert len(rows) == 5
+    assert rows[1].split(" | ")[1:6] == ["1 group, 64 steps", "64", "1,025", "–", "2.8 (5.6) |"]
+    assert rows[2].split(" | ")[4] == "1.50"
+    assert figure.stat().st_size > 10_000
+
+
+class Batches:
+    """A data module of random batches, which ends early if asked to."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+
+    def load_state_dict(self, state):
+        self.start = state["batches"]
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        for number in range(6):
+            batch = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
+            if number == self.stop:
+                raise KeyboardInterrupt
+            if number >= self.start:
+                yield batch
+
+
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_the_training_of_a_peer_goes_on_where_it_stopped(peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "EVERY", 2)
+    task = peers.Task(
+        size=8, channels=1, patch=2, classes=4, parameters=20_000, steps=6, warmup=2, ema=0.5
+    )
+
+    def trained(name, stop=None):
+        kept = tmp_path / name
+        return peers.train(peer, 1e-2, task=task, data=Batches(stop), kept=kept).state_dict()
+
+    whole = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("parts", stop=5)
+    parts = trained("parts")
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    fresh = peer.make(task).state_dict()
+    assert not all(torch.equal(fresh[name], value) for name, value in whole.items())
+    large = replace(task, parameters=500_000)
+    assert peers.count(peer.make(large)) == pytest.approx(500_000, rel=0.05)

@@ -24,12 +24,6 @@ specialist() {
     bench.num_groups="[$groups]" bench.overlap="[$overlap]"
 }
 
-# more_steps RUN: a single group at the network calls of several; one seed of the noise.
-more_steps() {
-  bench more "$1" "${compared[@]}" run_dir="$1/more" bench.num_groups=[1] bench.steps=[32,64] \
-    bench.joint_steps=[] bench.seeds=[0]
-}
-
 case $scale in
   full)
     train "$run" experiment=fashion_mnist
@@ -40,16 +34,20 @@ case $scale in
     sweep "$run" [1,2,4,7,14] "${same[@]}"
     ;;
   small)
+    # Three seeds of the noise where it is the question, one where settings are many.
     small=$runs/fashion_mnist-small
+    same=("${compared[@]}" bench.joint_steps=[])
     for seed in 0 1; do
-      universal=$small/universal-s$seed
-      train "$universal" experiment=fashion_mnist_small seed="$seed"
-      same=("${compared[@]}" bench.steps=[16] bench.joint_steps=[])
-      bench cost "$universal" "${same[@]}" bench.num_groups=[1,2,4,7,14,28,49]
-      bench overlap "$universal" "${same[@]}" bench.num_groups=[4,7,49] bench.overlap=[0.5]
-      more_steps "$universal"
+      run=$small/universal-s$seed
+      wide=("${same[@]}" run_dir="$run/wide" bench.seeds=[0])
+      train "$run" experiment=fashion_mnist_small seed="$seed"
+      bench cost "$run" "${same[@]}" bench.num_groups=[1,7] bench.steps=[16]
+      bench wide "$run" "${wide[@]}" bench.num_groups=[2,4,14,28,49] bench.steps=[16]
+      bench overlap "$run" "${wide[@]}" bench.num_groups=[4,7,49] bench.overlap=[0.5] bench.steps=[16]
+      bench more "$run" "${wide[@]}" bench.num_groups=[1] bench.steps=[32,64]
       specialist one "$seed" 1 0
-      more_steps "$small/one-s$seed"
+      run=$small/one-s$seed
+      bench more "$run" "${same[@]}" run_dir="$run/wide" bench.seeds=[0] bench.steps=[32,64]
       specialist seven "$seed" 7 0
     done
     specialist seven_half 0 7 0.5
