@@ -6,18 +6,20 @@
 #   data=FOLDER    a local copy of the images in the hub's schema; without, they are fetched by name
 #   runs=FOLDER    where everything goes; runs
 #   minutes=N      per slice; 9
-#   once=true      stop after one slice; the same command resumes
+#   once=true      stop after one slice, with exit status 75 if more is to be done; the same command
+#                  resumes
 
 set -euo pipefail
 
 scale=full data= runs=runs minutes=9 once=false
 for word in "$@"; do
   case $word in
-    scale=full | scale=small | scale=tiny | scale=smoke | data=?* | runs=?* | once=true | once=false) ;;
+    scale=full | scale=small | scale=tiny | scale=smoke) ;;
+    data=?* | runs=?* | once=true | once=false) ;;
     minutes=[1-9] | minutes=[1-9][0-9]) ;;
-    feature=?*) ;;                 # weights of a feature network, where the card knows one
+    feature=?* | out=?*) ;;        # where the card knows them
     *)
-      echo "run.sh: scale, data, runs, minutes, once or feature must be set (KEY=VALUE), got $word" >&2
+      echo "$(basename "$0"): scale, data, runs, minutes, once or feature must be set (KEY=VALUE), got $word" >&2
       exit 2
       ;;
   esac
@@ -79,6 +81,6 @@ tiny_sweep() {
 pause() {
   if [[ $once == true ]]; then
     echo "More is to be done: the same command goes on."
-    exit 0
+    exit 75
   fi
 }

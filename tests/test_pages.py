@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 CARDS = Path(__file__).parents[1] / "benchmarks"
@@ -35,10 +37,12 @@ shift 3
 
 
 def run(card, *arguments, cwd, path=None):
+    """The script of a card, or another one beside the cards."""
+    script = CARDS / card / "run.sh" if card in SETS else CARDS / card
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{path or Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.run(
-        ["bash", str(CARDS / card / "run.sh"), *arguments],
+        ["bash", str(script), *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -76,7 +80,7 @@ def test_a_card_goes_on_where_a_piece_stopped(pretended):
 def test_a_card_stops_after_one_piece_if_asked(pretended):
     for count in (1, 3, 4, 4):  # the second call ends the training, and the bench begins
         once = run("cifar10", "scale=smoke", "once=true", cwd=pretended, path=pretended / "bin")
-        assert once.returncode == 0, once.stderr
+        assert once.returncode == (75 if count < 4 else 0), once.stderr
         assert len(calls(pretended)) == count
         assert ("goes on" in once.stdout) == (count < 4)
 
@@ -104,9 +108,58 @@ def test_a_wrong_argument_ends_a_card(wrong, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_day_on_a_gpu_goes_on_piece_by_piece(pretended):
+    python = pretended / "bin" / "python"
+    python.write_text('#!/usr/bin/env bash\necho "python $*" >> calls\n')
+    python.chmod(0o755)
+    status = 75
+    while status == 75:
+        day = run("gpu.sh", "scale=smoke", "once=true", cwd=pretended, path=pretended / "bin")
+        status, before = day.returncode, len(calls(pretended))
+        assert before < 40, "it never ends"
+    assert status == 0, day.stderr
+    tests, engine, *cards = calls(pretended)
+    assert tests.startswith("python -m pytest -n 0 -m gpu ")
+    assert "engine.py --quick --out runs/results/engine.json" in engine
+    runs = list(dict.fromkeys(re.search(r"(?:run_dir|ckpt|resume)=(\S+)", c)[1] for c in cards))
+    assert [Path(run).name for run in runs] == [
+        "cifar10-smoke",
+        "universal-s0",
+        "seven_half-s0",
+        "fashion_mnist-pixels-smoke",
+    ]
+    # Nothing is done again.
+    assert run("gpu.sh", "scale=smoke", cwd=pretended, path=pretended / "bin").returncode == 0
+    assert len(calls(pretended)) == before
+
+
+def test_a_day_on_a_gpu_needs_one(pretended):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("gpu.sh", cwd=pretended)
+    assert done.returncode == 2
+    assert done.stderr == "gpu.sh: scale must be smoke where torch sees no GPU, got full\n"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("card", SETS)
-def test_a_card_runs_end_to_end(card, tmp_path):
+def test_a_day_on_a_gpu_runs_end_to_end(tmp_path):
+    for card in SETS:
+        images(card, tmp_path / "data" / card)
+    done = run("gpu.sh", "scale=smoke", f"data={tmp_path / 'data'}", "out=kept", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept = {path.parent.name for path in (tmp_path / "kept").glob("*/results.jsonl")}
+    assert kept == {name for found in SMOKE.values() for name in found}
+    for folder in (tmp_path / "kept").glob("*/"):
+        assert {path.name for path in folder.iterdir()} == {
+            "report.md",
+            "results.jsonl",
+            "summary.json",
+        }
+    assert json.loads((tmp_path / "kept" / "engine.json").read_text())["machine"]
+
+
+def images(card, folder):
+    """Twenty random images in the schema of a card."""
     datasets = pytest.importorskip("datasets")
     column, size, channels = SETS[card]
     pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, channels), np.uint8)
@@ -117,9 +170,15 @@ def test_a_card_runs_end_to_end(card, tmp_path):
     rows = {column: stored, "label": [i % 10 for i in range(20)]}
     features = {column: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    (tmp_path / "data").mkdir()
+    folder.mkdir(parents=True)
     for split in ("train", "test"):
-        table.to_parquet(str(tmp_path / "data" / f"{split}-00000-of-00001.parquet"))
+        table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", SETS)
+def test_a_card_runs_end_to_end(card, tmp_path):
+    images(card, tmp_path / "data")
     done = run(card, "scale=smoke", f"data={tmp_path / 'data'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {bench.parent.name: bench for bench in (tmp_path / "runs").rglob("bench")}
