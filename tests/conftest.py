@@ -1,7 +1,11 @@
 """One thread: on a busy machine two threads of small operations wait for each other."""
 
+import os
+import shutil
+
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import config
 
@@ -10,6 +14,26 @@ from rolldiff import Decoder, Training
 torch.set_num_threads(1)
 settings.register_profile("rolldiff", deadline=None, derandomize=True)
 settings.load_profile("rolldiff")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Fills a folder in one of the processes that run the tests; each gets a copy of its own."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def filled(name, fill):
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                # Under another name while it is filled: an error leaves nothing to be copied.
+                part = root / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                fill(part)
+                part.rename(root / name)
+        return shutil.copytree(root / name, tmp_path_factory.mktemp(name) / "copy")
+
+    return filled
 
 
 @pytest.fixture

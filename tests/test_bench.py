@@ -122,11 +122,13 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole(run, once):
     """A bench that ran through."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert bench(ask(run, folder), conf=config_dir()) == folder
-    return folder
+
+    def fill(folder):
+        assert bench(ask(run, folder), conf=config_dir()) == folder
+
+    return once("whole", fill)
 
 
 def command(run, folder):

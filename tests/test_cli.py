@@ -42,23 +42,23 @@ def quiet(monkeypatch):
 TINY = ["max_steps=4", "batch_size=8", "nn.width=16", "nn.depth=1", "nn.heads=1", "report.steps=1"]
 
 
-# The tests that take it run in one process, for it takes seconds.
-ONCE = pytest.mark.xdist_group("trained")
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    done = rolldiff("train", *TINY, "run_dir=run", "trainer.val_check_interval=2", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run", done
+def trained(once):
+    """The folder of a short training, and what its command printed."""
+
+    def fill(folder):
+        done = rolldiff("train", *TINY, "run_dir=run", "trainer.val_check_interval=2", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (folder / "printed.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    folder = once("trained", fill)
+    return folder / "run", *json.loads((folder / "printed.json").read_text())
 
 
-@ONCE
 @pytest.mark.slow
 def test_an_interrupted_training_is_the_uninterrupted_one(trained, tmp_path):
     """Stopped by its time limit again and again, with averaged weights, it ends with equal ones."""
-    run, _ = trained
+    run, *_ = trained
     ask = [*TINY, "run_dir=run", "trainer.val_check_interval=2", "time_limit=00:00:00:00"]
     done = rolldiff("train", *ask, cwd=tmp_path)
     slices = 1
@@ -79,9 +79,8 @@ def test_an_interrupted_training_is_the_uninterrupted_one(trained, tmp_path):
     assert (again.returncode, "not finished" in again.stderr) == (2, True)
 
 
-@ONCE
 def test_train_leaves_everything(trained):
-    run, done = trained
+    run, out, _ = trained
     names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert names >= {
         "last.ckpt",
@@ -98,17 +97,16 @@ def test_train_leaves_everything(trained):
     assert list(summary["fd_pixels"]) == ["1", "2", "4", "8", "16"]
     assert summary["images_seen"] == 4 * 8
     assert 0.2 < summary["fd_pixels_floor"] < 0.35
-    assert "num_groups  fd_pixels" in done.stdout
-    assert "rolldiff decode ckpt=run" in done.stdout
+    assert "num_groups  fd_pixels" in out
+    assert "rolldiff decode ckpt=run" in out
     for name in ("samples.png", "stream.gif"):
         with Image.open(run / name) as picture:
             picture.verify()
 
 
-@ONCE
 @pytest.mark.usefixtures("quiet")
 def test_an_older_run_is_never_overwritten(trained, monkeypatch, capsys):
-    run, _ = trained
+    run, *_ = trained
     before = (run / "summary.json").read_bytes()
     monkeypatch.chdir(run.parent)
     with pytest.raises(SystemExit) as stop:
@@ -117,11 +115,10 @@ def test_an_older_run_is_never_overwritten(trained, monkeypatch, capsys):
     assert (run / "summary.json").read_bytes() == before
 
 
-@ONCE
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("ckpt", ["run", "run/last.ckpt"])
 def test_decode_writes_a_picture(trained, ckpt, monkeypatch, capsys):
-    run, _ = trained
+    run, *_ = trained
     monkeypatch.chdir(run.parent)
     settings = "num_groups=4 overlap=0.5 steps=2 num_images=6 out=digits.png"
     main(["decode", f"ckpt={ckpt}", *settings.split()])
@@ -130,10 +127,9 @@ def test_decode_writes_a_picture(trained, ckpt, monkeypatch, capsys):
         assert picture.width > 96
 
 
-@ONCE
 @pytest.mark.usefixtures("quiet", "unchecked")
 def test_decode_writes_a_film(trained, monkeypatch):
-    run, _ = trained
+    run, *_ = trained
     monkeypatch.chdir(run.parent)
     settings = "num_groups=2 steps=2 num_images=4 label=3 guidance=1 solver=heun out=digits.gif"
     main(["decode", "ckpt=run", *settings.split()])
@@ -305,11 +301,10 @@ def test_every_setting_of_a_decoding_reaches_it(tmp_path, monkeypatch):
     assert (seen["cond"].tolist(), seen["num_images"], seen["seed"]) == ([0, 1], 2, 0)
 
 
-@ONCE
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("quiet")
 def test_likelihood_prints_a_table(trained, capsys):
-    run, _ = trained
+    run, *_ = trained
     settings = "num_groups=[1,4,16] overlap=[0,0.5] images=4 batch_size=3 likelihood.levels=17"
     main(["likelihood", f"ckpt={run}", "likelihood.samples=2", *settings.split()])
     printed = capsys.readouterr()
@@ -325,14 +320,13 @@ def test_likelihood_prints_a_table(trained, capsys):
     assert all(0 < float(row[1].split()[0]) < 20 for row in rows)
 
 
-@ONCE
 def test_a_training_is_quiet_in_a_pipe(trained):
-    _, done = trained
-    assert "training: 4/4 (100 %)" in done.stderr
-    assert "\r" not in done.stdout + done.stderr
-    assert len(done.stderr) < 2000
+    _, out, err = trained
+    assert "training: 4/4 (100 %)" in err
+    assert "\r" not in out + err
+    assert len(err) < 2000
     for word in ("Tip", "litlogger", "GPU", "TPU", "weights_only", "num_workers"):
-        assert word not in done.stdout + done.stderr
+        assert word not in out + err
 
 
 @pytest.mark.slow
