@@ -134,12 +134,12 @@ class Patches:
         return torch.stack([g.flatten() for g in grids], dim=-1)
 
     def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        _check_shape(image, self.image_shape, "image")
+        check_shape(image, self.image_shape, "image")
         p = self.patch
         return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
-        _check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
+        check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
         p, (h, w) = self.patch, self.grid
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
 
@@ -202,7 +202,7 @@ def same_layout(a: Layout, b: Layout) -> bool:
     return a == b or (alike and torch.equal(a.coords, b.coords))
 
 
-def _check_shape(value: Tensor, shape: tuple[int, ...], name: str) -> None:
+def check_shape(value: Tensor, shape: tuple[int, ...], name: str) -> None:
     if dense_tensor(value, name).shape[1:] != shape or value.ndim != len(shape) + 1:
         raise UsageError(
             f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(value.shape)}"
