@@ -3,6 +3,7 @@
 from rolldiff.conditioning import ClassLabels, Conditioning, TokenGrid, TokenSequence
 from rolldiff.decoder import Cost, DecodeConfig, DecodeOutput, Decoder, Frame
 from rolldiff.diffusion import timesteps
+from rolldiff.diffusion.bands import DCT, Haar
 from rolldiff.diffusion.layout import Patches
 from rolldiff.diffusion.process import Cosine, Rectified
 from rolldiff.diffusion.sampler import DDIM, AdamsBashforth2, Euler, Heun, Midpoint
@@ -13,6 +14,7 @@ from rolldiff.nn.denoiser import Guidance
 from rolldiff.nn.transformer import Transformer
 
 __all__ = [
+    "DCT",
     "DDIM",
     "AdamsBashforth2",
     "ClassLabels",
@@ -26,6 +28,7 @@ __all__ = [
     "Frame",
     "GroupSchedule",
     "Guidance",
+    "Haar",
     "Heun",
     "Likelihood",
     "LikelihoodConfig",

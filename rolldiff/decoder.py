@@ -27,7 +27,15 @@ from rolldiff.conditioning import (
     StreamedConditions,
     concat,
 )
-from rolldiff.diffusion.layout import Layout, Patches, check_layout, resized, same_layout
+from rolldiff.diffusion.layout import (
+    Layout,
+    Patches,
+    check_layout,
+    highest,
+    resized,
+    same_layout,
+    touched,
+)
 from rolldiff.diffusion.process import (
     MAX_IMAGES,
     Estimate,
@@ -787,8 +795,7 @@ class Decoder(Pretrained):
             )
         if not mask.any():
             raise UsageError("mask must be True somewhere, got False everywhere")
-        pixels = mask.to(image).expand(image[:1].shape)
-        return image, ~(self.layout.tokens(pixels)[0] > 0).any(-1)
+        return image, ~touched(self.layout, mask).to(self.device)
 
     def _num_images(self, num_images: int | None, cond: Any, *tensors: Tensor | None) -> int:
         given = {len(tensor) for tensor in tensors if tensor is not None}
@@ -864,8 +871,10 @@ class DecodeRun:
     cache: Any = None
     cached: bool = False
     required: dict[str, list[int]] = field(init=False)
+    last: Int[Tensor, "H W"] = field(init=False)  # of the tokens that a pixel depends on
 
     def __post_init__(self) -> None:
+        self.last = highest(self.decoder.layout, self.order.argsort())
         # How much of each streamed condition the first n tokens depend on, for every n.
         prefixes = self.denoiser.backbone.required_prefix() if self.streamed.pending else {}
         self.required = {
@@ -988,9 +997,7 @@ class DecodeRun:
 
     def finished(self, state: State) -> Bool[Tensor, "H W"]:
         """Where pixels are final."""
-        final = torch.arange(len(self.order), device=self.order.device) < state.finished
-        tokens = final[self.order.argsort()][None, :, None].expand(1, -1, self.x_1.shape[-1])
-        finished = self.decoder.layout.image(tokens.to(self.x_1))[0].amin(0) > 0
+        finished = self.last < state.finished
         return finished if self.inpainted is None else finished | ~self.inpainted[1]
 
     def _mode(self) -> AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rolldiff.decoder import DecodeConfig, Decoder, check_image, configured
+from rolldiff.diffusion.layout import highest
 from rolldiff.diffusion.sampler import Euler
 from rolldiff.diffusion.schedule import MAX_STEPS, decode_order
 from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
@@ -47,7 +48,7 @@ def group_mask(
     config: DecodeConfig | None = None,
     **overrides: Any,
 ) -> Bool[Tensor, "H W"]:
-    """True in the pixels of some groups.
+    """True in the pixels that depend on some groups.
 
     Args:
         decoder: the decoder.
@@ -66,10 +67,8 @@ def group_mask(
     layout = decoder.layout
     schedule = config.schedule(num_tokens=layout.num_tokens)
     moved = torch.isin(schedule.group, torch.tensor(chosen, dtype=torch.long, device="cpu"))
-    tokens = torch.zeros(layout.num_tokens, device="cpu")
-    tokens[decode_order(config.order, layout.coords)] = moved.float()
-    image = layout.image(tokens[None, :, None].expand(1, -1, layout.token_dim))
-    return (image[0].amax(0) > 0).to(decoder.device)
+    raster = moved[decode_order(config.order, layout.coords).argsort()]
+    return highest(layout, raster.long()).bool().to(decoder.device)
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ DTYPES = {
 PUBLIC = {
     "rolldiff.Decoder": "rolldiff.decoder.Decoder",
     "rolldiff.Patches": "rolldiff.diffusion.layout.Patches",
+    "rolldiff.Haar": "rolldiff.diffusion.bands.Haar",
+    "rolldiff.DCT": "rolldiff.diffusion.bands.DCT",
     "rolldiff.Rectified": "rolldiff.diffusion.process.Rectified",
     "rolldiff.Cosine": "rolldiff.diffusion.process.Cosine",
     "rolldiff.Transformer": "rolldiff.nn.transformer.Transformer",

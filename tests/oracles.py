@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rolldiff import Conditioning, Decoder, GroupSchedule, Patches, Rectified, Training
+from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.process import Estimate, NoiseSchedule
 from rolldiff.diffusion.sampler import NoiseLevel, Solver, TimeGrid, sample
 from rolldiff.nn.denoiser import Backbone
@@ -185,11 +186,20 @@ class MaskedGaussian(Backbone):
         return y[..., None]
 
 
-def masked_decoder(covariance: Tensor, noise: NoiseSchedule = Rectified()) -> Decoder:
-    """A decoder of one channel and one pixel per token around a `MaskedGaussian`."""
+def masked_decoder(
+    covariance: Tensor, noise: NoiseSchedule = Rectified(), *, layout: Layout | None = None
+) -> Decoder:
+    """A decoder of one channel and one number per token around a `MaskedGaussian`.
+
+    The covariance is that of the pixels; by default a token is a pixel.
+    """
     side = round(len(covariance) ** 0.5)
     size = (side, side) if side**2 == len(covariance) else (1, len(covariance))
-    layout = Patches(size, channels=1, patch=1)
+    if layout is None:
+        layout = Patches(size, channels=1, patch=1)
+    else:
+        change = layout.tokens(torch.eye(side**2).double().view(-1, 1, side, side))[..., 0]
+        covariance = change.T @ covariance @ change
     counts = tuple(range(1, len(covariance) + 1))
     training = Training(counts, orders=("top_to_bottom", "random:0", "centre_out"))
     return Decoder(layout, MaskedGaussian(covariance, noise), noise=noise, training=training)

@@ -145,7 +145,7 @@ def test_every_experiment_trains(leaf, tables, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["images_seen"] == 12
 
 
-LEAF = ["lit", "nn", "noise", "training", "logger", "conditions", "trainer", "optimizer"]
+LEAF = ["layout", "lit", "nn", "noise", "training", "logger", "conditions", "trainer", "optimizer"]
 TRAINED = [leaf for leaf in PARTS if leaf.parts[0] in LEAF]
 
 

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from rolldiff.diffusion.layout import MAX_TOKENS, check_shape, image_sides
@@ -81,9 +81,13 @@ class Haar:
         """Level, row and column; rows and columns in tokens of the finest details."""
         return _coords(self._bands, self.size, self.patch, unit=2)
 
+    def highest(self, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
+        """For each pixel, the highest value of the tokens that it depends on."""
+        return _highest(value, [span for _, span in self._bands], self.size, p=self.patch)
+
     def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         check_shape(image, self.image_shape, "image")
-        coarse, bands = image, []
+        coarse, bands = image, list[Tensor]()
         for _ in range(self.levels):
             left, right = _halves(coarse, -1)
             (coarse, below), (across, both) = _halves(left, -2), _halves(right, -2)
@@ -92,7 +96,7 @@ class Haar:
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
-        coarse, *bands = _joined(tokens, [span for _, span in self._bands], self.size, self.patch)
+        coarse, *bands = _joined(tokens, [span for _, span in self._bands], self.size, p=self.patch)
         for i in range(self.levels):
             below, across, both = bands[3 * i : 3 * i + 3]
             left, right = _whole(coarse, below, -2), _whole(across, both, -2)
@@ -155,6 +159,10 @@ class DCT:
         bands = [(u + v, self.block) for u, v in self._frequencies]
         return _coords(bands, self.size, self.patch, unit=self.block)
 
+    def highest(self, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
+        """For each pixel, the highest value of the tokens that it depends on."""
+        return _highest(value, [self.block] * self.block**2, self.size, p=self.patch)
+
     def _cosines(self, like: Tensor) -> Float[Tensor, "b b"]:
         """`sqrt(2 / b) cos(pi u (n + 1/2) / b)`, the first row divided by `sqrt(2)`."""
         n = torch.arange(self.block, dtype=torch.float64)
@@ -172,7 +180,7 @@ class DCT:
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
         m, b = self._cosines(tokens), self.block
-        bands = _joined(tokens, [b] * b**2, self.size, self.patch)
+        bands = _joined(tokens, [b] * b**2, self.size, p=self.patch)
         place = {pair: i for i, pair in enumerate(self._frequencies)}
         index = [place[u, v] for u in range(b) for v in range(b)]
         blocks = torch.stack([bands[i] for i in index], dim=-1).unflatten(-1, (b, b))
@@ -218,15 +226,31 @@ def _cut(bands: Sequence[Tensor], p: int) -> Float[Tensor, "B N D"]:
 
 
 def _joined(
-    tokens: Float[Tensor, "B N D"], spans: Sequence[int], size: tuple[int, int], p: int
+    tokens: Shaped[Tensor, "B N D"], spans: Sequence[int], size: tuple[int, int], *, p: int
 ) -> list[Tensor]:
-    grids = [(size[0] // span // p, size[1] // span // p) for span in spans]
+    grids = _grids(spans, size, p=p)
     parts = tokens.split([h * w for h, w in grids], dim=1)
     join = "b (h w) (c p q) -> b c (h p) (w q)"
     return [
-        rearrange(part, join, h=h, w=w, p=p, q=p)
-        for part, (h, w) in zip(parts, grids, strict=True)
+        rearrange(part, join, h=h, w=w, p=p, q=p) for part, (h, w) in zip(parts, grids, strict=True)
     ]
+
+
+def _grids(spans: Sequence[int], size: tuple[int, int], *, p: int) -> list[tuple[int, int]]:
+    """Rows and columns of tokens of each band."""
+    return [(size[0] // span // p, size[1] // span // p) for span in spans]
+
+
+def _highest(
+    value: Shaped[Tensor, " N"], spans: Sequence[int], size: tuple[int, int], *, p: int
+) -> Shaped[Tensor, "H W"]:
+    grids = _grids(spans, size, p=p)
+    parts = value.split([h * w for h, w in grids])
+    bands = [
+        part.view(grid).repeat_interleave(span * p, dim=0).repeat_interleave(span * p, dim=1)
+        for part, grid, span in zip(parts, grids, spans, strict=True)
+    ]
+    return torch.stack(bands).amax(0)
 
 
 def _coords(

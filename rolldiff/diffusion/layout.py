@@ -10,7 +10,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from rolldiff.errors import UsageError, dense_tensor, instance, whole_number, whole_numbers
@@ -20,9 +20,12 @@ __all__ = [
     "Layout",
     "Patches",
     "check_layout",
+    "check_shape",
+    "highest",
     "image_sides",
     "resized",
     "same_layout",
+    "touched",
 ]
 
 MAX_TOKENS = 2**20  # an image of 1024 x 1024 pixels, each a token
@@ -194,6 +197,30 @@ def resized(layout: Layout, image_size: int | Sequence[int]) -> Layout:
     return replace(layout, image_size=size)
 
 
+def highest(layout: Layout, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
+    """For each pixel, the highest value of the tokens that it depends on.
+
+    Args:
+        layout: of the tokens. A layout whose pixels depend on several tokens, as those in
+            `bands.py`, has a method `highest(value)`.
+        value: a number for each token, in raster order.
+    """
+    own = getattr(layout, "highest", None)
+    if own is not None:
+        return own(value)
+    # Numbers of tokens are exact in float32.
+    tokens = value.float().view(1, -1, 1).expand(1, -1, layout.token_dim)
+    return layout.image(tokens)[0].amax(0).to(value.dtype)
+
+
+def touched(layout: Layout, mask: Bool[Tensor, "H W"]) -> Bool[Tensor, " N"]:
+    """The tokens, in raster order, on which some pixel of a mask depends."""
+    # Random numbers: a product with a token's coefficients is 0 with probability 0.
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, *layout.image_shape, dtype=torch.float64, generator=generator) + 1
+    return (layout.tokens(image * mask.cpu())[0].abs() > 1e-12).any(-1).to(mask.device)
+
+
 def same_layout(a: Layout, b: Layout) -> bool:
     """Whether two layouts cut images alike, even if their classes do not define equality."""
     if type(a) is not type(b):
@@ -203,6 +230,7 @@ def same_layout(a: Layout, b: Layout) -> bool:
 
 
 def check_shape(value: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Refuse anything but a batch of tensors of a shape."""
     if dense_tensor(value, name).shape[1:] != shape or value.ndim != len(shape) + 1:
         raise UsageError(
             f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(value.shape)}"

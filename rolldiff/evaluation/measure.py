@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
+from rolldiff.diffusion.layout import highest
 from rolldiff.diffusion.schedule import decode_order
 from rolldiff.evaluation.bits import bits_per_dim
 from rolldiff.evaluation.features import Extractor, Pixels
@@ -320,14 +321,16 @@ class Evaluator:
         return {self.likelihood.metric: float(torch.cat(gathered).mean())} if gathered else {}
 
     def _pixel_groups(self, config: DecodeConfig) -> Int[Tensor, "H W"] | None:
-        """The group of each pixel; None if there are no seams: one group, or a group per pixel."""
+        """The group of each pixel; None if there are no seams.
+
+        That is so with one group, a group per pixel, or pixels that depend on several groups.
+        """
         layout = self.decoder.layout
         group = config.schedule(num_tokens=layout.num_tokens).group
-        raster = torch.empty_like(group)
-        raster[decode_order(config.order, layout.coords)] = group
-        tokens = raster[None, :, None].expand(1, -1, layout.token_dim).float()
-        pixels = layout.image(tokens)[0, 0].long()
-        return pixels if boundaries(pixels) is not None else None
+        raster = group[decode_order(config.order, layout.coords).argsort()]
+        pixels = highest(layout, raster)
+        of_one = torch.equal(pixels, -highest(layout, -raster))
+        return pixels if of_one and boundaries(pixels) is not None else None
 
     def _flops(self, config: DecodeConfig) -> int:
         # torch's counter does not know attention on a CPU.
