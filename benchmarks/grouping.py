@@ -123,6 +123,14 @@ def peers(path: Path) -> Iterator[Cell]:
             )
 
 
+def read(folder: Path) -> tuple[list[Cell], dict[str, float]]:
+    """All cells in a folder, the universal checkpoint first, and the split-half distances."""
+    found = [*benches(folder), *peers(folder / "peers.json")]
+    cells = sorted(found, key=lambda c: (c.model != UNIVERSAL, c.model != SPECIALIST, c.nfe))
+    floors = next(row["floors"] for row in rows(next(folder.glob("universal-s*.jsonl"))))
+    return cells, {name: value for name, value in floors.items() if name.startswith("fd_")}
+
+
 def best_table(cells: Sequence[Cell], floor: float) -> str:
     """The best setting of each model within each budget, by the first metric."""
     metric = next(iter(METRICS))
@@ -200,12 +208,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the results of several benches")
     parser.add_argument("--figure", type=Path, help="a PNG of distances against cost")
     args = parser.parse_args()
-    found = [*benches(args.folder), *peers(args.folder / "peers.json")]
-    cells = sorted(found, key=lambda c: (c.model != UNIVERSAL, c.model != SPECIALIST, c.nfe))
-    floors = next(row["floors"] for row in rows(next(args.folder.glob("universal-s*.jsonl"))))
+    cells, floors = read(args.folder)
     print(best_table(cells, floors["fd_classifier"]))
     print()
-    print(full_table(cells, {k: v for k, v in floors.items() if k.startswith("fd_")}))
+    print(full_table(cells, floors))
     if args.figure:
         figure(cells, args.figure, floors["fd_classifier"])
 

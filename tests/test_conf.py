@@ -134,6 +134,7 @@ def test_every_experiment_trains(leaf, tables, tmp_path):
     overrides += of_data(composed("train", *overrides), tables)
     if "photo" in leaf.name:
         overrides += ["data.reference_images=8", "data.flip=false", "callbacks.samples=null"]
+        overrides += ["tokenizer_model.encoder.width=16", "trainer.limit_val_batches=0"]
     if "pixels" in leaf.name and "digits" not in leaf.name:  # hundreds of groups of one token
         overrides += ["training.num_groups=[1,7]", "callbacks.samples=null"]
     cfg = composed("train", *overrides)
