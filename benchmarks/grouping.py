@@ -177,6 +177,7 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     metric = next(iter(METRICS))
     sketch, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
@@ -196,7 +197,11 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
                 at = getattr(cell, cost), cell.mean(metric)
                 axis.annotate(label, at, (4, 3), textcoords="offset points", fontsize=7)
         axis.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="split halves")
-        axis.set(xlabel=name, xscale="log", yscale="log")
+        axis.set(xlabel=name, xscale="log" if cost == "nfe" else "linear", yscale="log")
+        for side in (axis.yaxis, axis.xaxis) if cost == "nfe" else (axis.yaxis,):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("Fréchet distance, classifier")
     axes[0].legend(fontsize=8)
     sketch.savefig(path, dpi=120)

@@ -273,6 +273,14 @@ def test_the_answer_on_grouping_is_a_table(results, monkeypatch, capsys):
     assert figure.stat().st_size > 10_000
 
 
+def test_the_card_of_fashion_mnist_holds_its_tables():
+    folder = ROOT / "benchmarks/fashion_mnist"
+    cells, floors = grouping.read(folder / "small")
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert grouping.best_table(cells, floors["fd_classifier"]) in page
+    assert grouping.full_table(cells, floors) in page
+
+
 class Batches:
     """A data module of random batches, which ends early if asked to."""
 
