@@ -306,6 +306,23 @@ def test_guidance_is_part_of_the_flow(smooth):
     assert (again - image).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_guidance_is_part_of_the_bound(make, num_groups):
+    """At a scale of -1 it is the bound without a condition."""
+    decoder = make(dtype=torch.float64)
+    image, label = torch.rand(3, 1, 8, 8).double() * 2 - 1, torch.tensor([3, 1, 4])
+    ask = {"dequantization": None, "method": "bound", "num_groups": num_groups, "samples": 2}
+
+    @torch.no_grad()
+    def nats(guidance, label=label):
+        return decoder.log_likelihood(image, label, guidance=guidance, **ask).nats
+
+    ramp = Guidance(2.0, ramp_from=0.5, interval=(0.1, 0.9))
+    assert not torch.isclose(nats(0.0), nats(2.0)).any()
+    assert not torch.isclose(nats(2.0), nats(ramp)).any()
+    torch.testing.assert_close(nats(-1.0), nats(0.0, label=None))
+
+
 def test_the_bound_has_a_gradient(smooth):
     decoder = smooth(num_classes=0)
     image = torch.rand(4, 1, 8, 8).double() * 2 - 1

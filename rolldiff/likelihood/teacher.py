@@ -98,7 +98,7 @@ class Teacher:
         context = self.backbone.prepare(self.order, self.values, grouped=self.num_groups > 1)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            time = self.backbone.embed_time(t)
+            time = self._embedded(t)
             return self._guided(self.backbone(x_t, time, context), t, slice(0, len(self.order)))
 
         return predict
@@ -122,7 +122,7 @@ class Teacher:
         both = torch.cat([torch.cat([to_clean, hidden], 1), mask])  # [2N, 2N]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            time = backbone.embed_time(t)
+            time = self._embedded(t)
             if cache is not None:
                 y = backbone(x_t, time, context, start=num_tokens, mask=mask, cache=cache)
             else:
@@ -142,7 +142,7 @@ class Teacher:
 
         def of(span: slice) -> Predict:
             def predict(x_t: Tensor, t: Tensor) -> Tensor:
-                time = backbone.embed_time(t)
+                time = self._embedded(t)
                 if cache is not None:
                     y = backbone(x_t, time, context, start=span.start, cache=cache)
                 else:
@@ -193,6 +193,11 @@ class Teacher:
             cache.freeze()
             self.work.nfe += 1
         return cache
+
+    def _embedded(self, t: Float[Tensor, "*B n"]) -> Tensor:
+        """The embedded times; those of each example twice with guidance, for its two branches."""
+        time = self.backbone.embed_time(t)
+        return torch.cat([time, time]) if self.guidance.scale and time.ndim == 3 else time
 
     def _guided(self, y: Tensor, t: Tensor, span: slice) -> Tensor:
         self.work.nfe += 1
