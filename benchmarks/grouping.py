@@ -103,7 +103,7 @@ def peers(path: Path) -> Iterator[Cell]:
     if not path.is_file():
         return
     card = json.loads(path.read_text(encoding="utf-8"))
-    best: dict[str, tuple[str, list[dict]]] = {}
+    best: dict[str, tuple[float, list[dict]]] = {}
     for name, entry in card["table"].items():
         model, _, rate = name.partition(", rate ")
         lowest = min(cell["fd_classifier"]["mean"] for cell in entry["cells"])

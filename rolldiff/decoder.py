@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, get_args
 
@@ -871,10 +872,8 @@ class DecodeRun:
     cache: Any = None
     cached: bool = False
     required: dict[str, list[int]] = field(init=False)
-    last: Int[Tensor, "H W"] = field(init=False)  # of the tokens that a pixel depends on
 
     def __post_init__(self) -> None:
-        self.last = highest(self.decoder.layout, self.order.argsort())
         # How much of each streamed condition the first n tokens depend on, for every n.
         prefixes = self.denoiser.backbone.required_prefix() if self.streamed.pending else {}
         self.required = {
@@ -994,6 +993,11 @@ class DecodeRun:
             known, mask = self.inpainted
             image = torch.where(mask, image, known)
         return image
+
+    @cached_property
+    def last(self) -> Int[Tensor, "H W"]:
+        """For each pixel, the last of the tokens that it depends on."""
+        return highest(self.decoder.layout, self.order.argsort())
 
     def finished(self, state: State) -> Bool[Tensor, "H W"]:
         """Where pixels are final."""

@@ -16,14 +16,49 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from rolldiff.diffusion.layout import MAX_TOKENS, check_shape, image_sides
+from rolldiff.diffusion.layout import check_count, check_shape, image_sides
 from rolldiff.errors import UsageError, whole_number
 
 __all__ = ["DCT", "Haar"]
 
 
+class _Bands:
+    """What both layouts share: sizes, and which pixels depend on a token."""
+
+    image_size: int | Sequence[int]
+    channels: int
+    patch: int
+
+    @property
+    def _spans(self) -> list[int]:
+        """Of each band, how many pixels one of its coefficients spans."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return cast(tuple[int, int], self.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.size
+
+    @property
+    def num_tokens(self) -> int:
+        height, width = self.size
+        return height * width // self.patch**2
+
+    @property
+    def token_dim(self) -> int:
+        return self.channels * self.patch**2
+
+    def highest(self, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
+        """For each pixel, the highest value of the tokens that it depends on."""
+        return _highest(value, self._spans, self.size, p=self.patch)
+
+
 @dataclass(frozen=True)
-class Haar:
+class Haar(_Bands):
     """The Haar wavelet transform: a coarse image, and details in three directions per level.
 
     Level 0 is the coarse image of `H / 2^levels` rows, level `i` the details from that scale to
@@ -50,24 +85,6 @@ class Haar:
         _plain(self, "levels")
         _check_unit(self, 2**self.levels * self.patch, "2^levels patch")
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return cast(tuple[int, int], self.image_size)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, *self.size
-
-    @property
-    def num_tokens(self) -> int:
-        height, width = self.size
-        return height * width // self.patch**2
-
-    @property
-    def token_dim(self) -> int:
-        return self.channels * self.patch**2
-
     @cached_property
     def _bands(self) -> list[tuple[int, int]]:
         """Of each band, its level and how many pixels one of its coefficients spans."""
@@ -77,13 +94,13 @@ class Haar:
         return levels
 
     @property
+    def _spans(self) -> list[int]:
+        return [span for _, span in self._bands]
+
+    @property
     def coords(self) -> Float[Tensor, "N 3"]:
         """Level, row and column; rows and columns in tokens of the finest details."""
         return _coords(self._bands, self.size, self.patch, unit=2)
-
-    def highest(self, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
-        """For each pixel, the highest value of the tokens that it depends on."""
-        return _highest(value, [span for _, span in self._bands], self.size, p=self.patch)
 
     def tokens(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         check_shape(image, self.image_shape, "image")
@@ -96,7 +113,7 @@ class Haar:
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
-        coarse, *bands = _joined(tokens, [span for _, span in self._bands], self.size, p=self.patch)
+        coarse, *bands = _joined(tokens, self._spans, self.size, p=self.patch)
         for i in range(self.levels):
             below, across, both = bands[3 * i : 3 * i + 3]
             left, right = _whole(coarse, below, -2), _whole(across, both, -2)
@@ -105,7 +122,7 @@ class Haar:
 
 
 @dataclass(frozen=True)
-class DCT:
+class DCT(_Bands):
     """The discrete cosine transform of square blocks, frequency by frequency.
 
     The band of frequency `(u, v)` holds this coefficient of every block, and its level is `u + v`.
@@ -130,38 +147,20 @@ class DCT:
         _plain(self, "block")
         _check_unit(self, self.block * self.patch, "block patch")
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return cast(tuple[int, int], self.image_size)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, *self.size
-
-    @property
-    def num_tokens(self) -> int:
-        height, width = self.size
-        return height * width // self.patch**2
-
-    @property
-    def token_dim(self) -> int:
-        return self.channels * self.patch**2
-
     @cached_property
     def _frequencies(self) -> list[tuple[int, int]]:
         pairs = [(u, v) for u in range(self.block) for v in range(self.block)]
         return sorted(pairs, key=lambda pair: (sum(pair), pair))
 
     @property
+    def _spans(self) -> list[int]:
+        return [self.block] * self.block**2
+
+    @property
     def coords(self) -> Float[Tensor, "N 3"]:
         """Level, row and column; rows and columns in tokens."""
         bands = [(u + v, self.block) for u, v in self._frequencies]
         return _coords(bands, self.size, self.patch, unit=self.block)
-
-    def highest(self, value: Shaped[Tensor, " N"]) -> Shaped[Tensor, "H W"]:
-        """For each pixel, the highest value of the tokens that it depends on."""
-        return _highest(value, [self.block] * self.block**2, self.size, p=self.patch)
 
     def _cosines(self, like: Tensor) -> Float[Tensor, "b b"]:
         """`sqrt(2 / b) cos(pi u (n + 1/2) / b)`, the first row divided by `sqrt(2)`."""
@@ -180,7 +179,7 @@ class DCT:
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
         m, b = self._cosines(tokens), self.block
-        bands = _joined(tokens, [b] * b**2, self.size, p=self.patch)
+        bands = _joined(tokens, self._spans, self.size, p=self.patch)
         place = {pair: i for i, pair in enumerate(self._frequencies)}
         index = [place[u, v] for u in range(b) for v in range(b)]
         blocks = torch.stack([bands[i] for i in index], dim=-1).unflatten(-1, (b, b))
@@ -200,12 +199,7 @@ def _check_unit(layout: Haar | DCT, unit: int, name: str) -> None:
         raise UsageError(
             f"{name} must divide image_size, got {unit} and image_size {layout.image_size}"
         )
-    if layout.num_tokens > MAX_TOKENS or layout.num_tokens * layout.token_dim >= 2**31:
-        raise UsageError(
-            f"image_size, channels and patch must give at most {MAX_TOKENS} tokens and fewer than "
-            f"2^31 numbers, got image_size {layout.image_size}, channels {layout.channels} and "
-            f"patch {layout.patch}"
-        )
+    check_count(layout)
 
 
 def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ the same in both. Tokens are in **raster order** here; `schedule.py` defines the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ __all__ = [
     "MAX_TOKENS",
     "Layout",
     "Patches",
+    "check_count",
     "check_layout",
     "check_shape",
     "highest",
@@ -94,12 +95,7 @@ class Patches:
                 f"patch must divide image_size, got patch {self.patch} and image_size "
                 f"{self.image_size}"
             )
-        if self.num_tokens > MAX_TOKENS or self.num_tokens * self.token_dim >= 2**31:
-            raise UsageError(
-                f"image_size, channels and patch must give at most {MAX_TOKENS} tokens and fewer "
-                f"than 2^31 numbers, got image_size {self.image_size}, channels {self.channels} "
-                f"and patch {self.patch}"
-            )
+        check_count(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,6 +141,16 @@ class Patches:
         check_shape(tokens, (self.num_tokens, self.token_dim), "tokens")
         p, (h, w) = self.patch, self.grid
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
+
+
+def check_count(layout: Any) -> None:
+    """Refuse a layout of more tokens or numbers than can be computed with."""
+    if layout.num_tokens > MAX_TOKENS or layout.num_tokens * layout.token_dim >= 2**31:
+        raise UsageError(
+            f"image_size, channels and patch must give at most {MAX_TOKENS} tokens and fewer than "
+            f"2^31 numbers, got image_size {layout.image_size}, channels {layout.channels} and "
+            f"patch {layout.patch}"
+        )
 
 
 def image_sides(image_size: object) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
             if sweep.match is not None:
                 configs = group.broadcast(_matched(sweep, evaluator, folder=folder))
             todo = group.broadcast([] if results is None else results.missing(configs))
-            provenance = _provenance(evaluator, cfg, data)
+            provenance = _provenance(evaluator, cfg, data) if group.is_main else {}
             show = group.is_main and cfg.progress
             with _progress(todo, len(configs), show=show) as bar:
                 for config in todo:
