@@ -404,15 +404,19 @@ class TokenSequence(Condition):
         ahead: None lets every image token attend to the whole sequence. A number lets a token in
             row `r` of `H` rows attend to the first `length (r + 1 + ahead) / H` tokens, rounded up,
             in training and in decoding, so that a group can be decoded before the sequence ends.
+        everywhere: beside `ahead`, how many tokens at the beginning every image token attends to,
+            such as a text before visual tokens. The rest is shared among the rows: row `r` attends
+            to the first `k + (length - k) (r + 1 + ahead) / H` tokens.
 
     Raises:
-        UsageError: if a size is out of range.
+        UsageError: if a size is out of range, or `everywhere` is given without `ahead`.
     """
 
     length: int
     codebook_size: int = 0
     channels: int = 0
     ahead: int | None = None
+    everywhere: int = 0
 
     def __post_init__(self) -> None:
         _check_kind(self)
@@ -421,6 +425,13 @@ class TokenSequence(Condition):
         if self.ahead is not None:
             ahead = whole_number(self.ahead, "ahead", minimum=0, maximum=MAX_TOKENS)
             object.__setattr__(self, "ahead", ahead)
+        everywhere = whole_number(self.everywhere, "everywhere", minimum=0, maximum=length)
+        object.__setattr__(self, "everywhere", everywhere)
+        if everywhere and self.ahead is None:
+            raise UsageError(
+                "everywhere must be 0 without ahead, where every image token attends to the whole "
+                f"sequence, got {everywhere}"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -472,8 +483,9 @@ class SequenceEmbedder(Embedder):
         length, row = sequence.length, layout.coords[:, 1].long()
         if sequence.ahead is None:
             return torch.full_like(row, length)
-        rows = int(row.max()) + 1
-        return (-(-length * (row + 1 + sequence.ahead) // rows)).clamp(max=length)
+        rows, k = int(row.max()) + 1, sequence.everywhere
+        by_row = -(-(length - k) * (row + 1 + sequence.ahead) // rows)
+        return (k + by_row).clamp(max=length)
 
     def resized(self, condition: Condition, layout: Layout) -> "SequenceEmbedder":
         assert isinstance(condition, TokenSequence)

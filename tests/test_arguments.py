@@ -112,8 +112,8 @@ def test_whole_numbers_of_other_libraries(value):
     assert Patches(value, channels=value, patch=value) == Patches(4, channels=4, patch=4)
     assert Patches(np.array([4, 8])) == Patches((4, 8))
     assert TokenGrid(value, value, codebook_size=value) == TokenGrid(4, 4, codebook_size=4)
-    assert TokenSequence(value, channels=value, ahead=value) == TokenSequence(
-        4, channels=4, ahead=4
+    assert TokenSequence(value, channels=value, ahead=value, everywhere=value) == TokenSequence(
+        4, channels=4, ahead=4, everywhere=4
     )
     assert ClassLabels(value) == ClassLabels(4)
     assert Training(num_groups=(value, 2)) == Training((4, 2))

@@ -19,6 +19,7 @@ KINDS = {
     "fine": TokenGrid(8, 8, channels=2),
     "text": TokenSequence(5, channels=6),
     "words": TokenSequence(8, codebook_size=11, ahead=0),
+    "scene": TokenSequence(10, codebook_size=5, ahead=0, everywhere=2),
     "small": TokenGrid(2, 2, channels=1),
 }
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_dropping_is_as_often_as_asked():
     assert (a & b[:, 0]).float().mean() == pytest.approx(0.232, abs=error)
 
 
-@pytest.mark.parametrize("kind", ["codes", "latents", "fine", "words"])
+@pytest.mark.parametrize("kind", ["codes", "latents", "fine", "words", "scene"])
 def test_a_token_sees_no_condition_beyond_its_needs(kind):
     decoder = decoder_of(KINDS[kind])
     ask = ASK | {"overlap": 0.0}  # otherwise it sees later groups that move with its own
@@ -158,6 +159,18 @@ def test_a_token_sees_no_condition_beyond_its_needs(kind):
         other = decoder.layout.tokens(decoder.decode(changed.view(cond.shape), **ask).image)
         assert torch.equal(row[:, : 4 * top], other[:, : 4 * top])
         assert not torch.allclose(row[:, 4 * top :], other[:, 4 * top :])
+
+
+def test_the_first_tokens_of_a_sequence_may_be_seen_everywhere():
+    def prefixes(**settings):
+        sequence = TokenSequence(10, codebook_size=5, **settings)
+        return decoder_of(sequence).backbone.required_prefix()["cond"].view(4, 4)
+
+    for columns in prefixes(ahead=0, everywhere=2).T:  # the other 8 are 2 for each row
+        assert columns.tolist() == [4, 6, 8, 10]
+    assert prefixes(ahead=1, everywhere=7)[:, 0].tolist() == [9, 10, 10, 10]
+    assert (prefixes(ahead=0, everywhere=10) == 10).all()
+    assert torch.equal(prefixes(ahead=1, everywhere=0), prefixes(ahead=1))
 
 
 class Pieces:
@@ -180,7 +193,7 @@ class Pieces:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-@pytest.mark.parametrize("kind", ["codes", "latents", "fine", "text", "words"])
+@pytest.mark.parametrize("kind", ["codes", "latents", "fine", "text", "words", "scene"])
 @pytest.mark.parametrize("each", [1, 3])
 def test_arriving_conditions_give_the_same_image(kind, each, guidance):
     decoder = decoder_of(KINDS[kind])
@@ -304,6 +317,8 @@ def test_bad_names_and_sizes(every):
         lambda: TokenGrid(0, 2, codebook_size=3),
         lambda: TokenSequence(0, codebook_size=3),
         lambda: TokenSequence(3, codebook_size=3, ahead=-1),
+        lambda: TokenSequence(3, codebook_size=3, ahead=0, everywhere=4),
+        lambda: TokenSequence(3, codebook_size=3, everywhere=2),
         lambda: ClassLabels(-1),
         lambda: decoder_of(TokenGrid(3, 4, codebook_size=2)),
         lambda: Decoder.build(image_size=8, num_classes=3, condition=ClassLabels(3)),

@@ -55,11 +55,11 @@ def test_the_same_squares_every_time(folder):
 def test_the_pictures_that_packages_ship():
     pytest.importorskip("skimage")
     data = Photos(image_size=96, channels=3, crops=200, held_out=0.25)
-    assert len(data.photos) == 9
+    assert len(data.photos) == 17
     assert all(photo.shape[0] == 3 for photo in data.photos)
     train, held_out = (set(data._dataset.photo[part].tolist()) for part in data._split)
     assert not train & held_out
-    assert max(train) < 7 <= min(held_out)
+    assert max(train) < 13 <= min(held_out)
 
 
 def test_photographs_that_are_too_small_are_refused(folder):

@@ -17,15 +17,23 @@ from rolldiff.errors import UsageError, warn_user, whole_number
 
 __all__ = ["Photos"]
 
-# Of scikit-image's pictures, those that are photographs in colour.
+# Of scikit-image's pictures, those that are photographs; the last seven are grey.
 BUNDLED = (
     "astronaut.png",
     "chelsea.png",
     "coffee.png",
     "hubble_deep_field.jpg",
+    "ihc.png",
     "motorcycle_left.png",
     "retina.jpg",
     "rocket.jpg",
+    "brick.png",
+    "camera.png",
+    "clock_motion.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "moon.png",
 )
 
 
@@ -37,7 +45,7 @@ class Photos(Images):
 
     Args:
         path: a folder of photographs, see `Folder`; None takes the two of scikit-learn and the
-            seven in colour of scikit-image, which is then needed.
+            fifteen of scikit-image, which is then needed.
         crops: number of squares; large photographs have more of them.
     """
 

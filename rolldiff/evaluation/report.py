@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -311,6 +311,7 @@ class TrainingReport(ABC):
         UsageError: if a setting is out of range.
     """
 
+    held_out: ClassVar[bool] = False  # whether to measure on the images that the data holds out
     steps: int = 16
     samples: int = 2000
 
@@ -503,11 +504,15 @@ class DecoderReport(GroupCountReport):
 class TokenizerReport(GroupCountReport):
     """Of a tokenizer: the quality of reconstructions, for several group counts.
 
+    The images are those that the data holds out, if it holds out any.
+
     Args:
         num_groups: the group counts.
         steps: solver steps per group.
         samples: images, at most.
     """
+
+    held_out: ClassVar[bool] = True
 
     def decoder_of(self, model: Tokenizer) -> Decoder:
         return model.decoder
@@ -532,9 +537,13 @@ class TokenizerReport(GroupCountReport):
         used = codes.flatten().bincount(minlength=model.codebook_size) / codes.numel()
         perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
         bits = model.num_tokens * math.log2(model.codebook_size)
+        per_pixel = bits / math.prod(image.shape[2:])
         lines = ["num_groups  psnr (dB)  fd_pixels"]
         lines += [f"{g:>10}  {ratios[g]:9.2f}  {_cell(distances[g])}" for g in ratios]
-        lines += [f"{model.num_tokens} codes of {model.codebook_size} per image, {bits:.0f} bits"]
+        lines += [
+            f"{model.num_tokens} codes of {model.codebook_size} per image: {bits:.0f} bits, "
+            f"{per_pixel:.3f} per pixel"
+        ]
         return Report(
             {
                 "psnr": ratios,
@@ -543,6 +552,7 @@ class TokenizerReport(GroupCountReport):
                 "tokens_per_image": model.num_tokens,
                 "codes": model.codebook_size,
                 "bits_per_image": bits,
+                "bits_per_pixel": per_pixel,
                 "codes_in_use": perplexity,
                 "samples": len(image),
                 "steps_per_group": self.steps,

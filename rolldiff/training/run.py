@@ -184,7 +184,9 @@ def _finish(cfg: DictConfig, run: _Run, folder: Path) -> Summary:
     steps = int(checkpoint["global_step"])
     model = lit.to(trainer.strategy.root_device).eval().model
     model.save_pretrained(folder)
-    found = report(model, data.image, label=data.label, folder=folder, seed=cfg.seed)
+    held_out = report.held_out and data.held_out
+    image, label = data.held_out_images if held_out else (data.image, data.label)
+    found = report(model, image, label=label, folder=folder, seed=cfg.seed)
     summary = Summary(
         seconds=clock.seconds,
         images_seen=clock.images_seen,
