@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from rolldiff import DecodeConfig, Decoder, TokenGrid, Training
-from rolldiff.cli import config_dir
+from rolldiff.cli import config_dir, main
+from rolldiff.data import Digits
 from rolldiff.evaluation import report as reports
 from rolldiff.evaluation.report import PriorReport, TokenizerReport
 from rolldiff.tokenizer import Encoder, Generation, Prior, Tokenizer
@@ -310,3 +311,20 @@ def test_the_whole_chain_from_the_command_line(tmp_path):
     assert (summary["tokens_per_image"], summary["steps"]) == (16, 20)
     with Image.open(tmp_path / "stream.gif") as film:  # frames that are alike are one
         assert 1 <= film.n_frames <= 8
+
+
+def test_reconstructions_are_of_images_that_are_held_out(tmp_path, monkeypatch):
+    seen = []
+
+    def look(self, model, image, **_):
+        seen.append(image)
+        return reports.Report({}, "", "")
+
+    monkeypatch.setattr(TokenizerReport, "__call__", look)
+    ask = ["train", "experiment=tokenizer", "max_steps=1", "batch_size=4", "progress=false"]
+    ask += ["nn.width=8", "nn.depth=1", "nn.heads=1", "+trainer.limit_val_batches=1"]
+    for held_out in (0.25, 0.0):
+        main([*ask, f"data.held_out={held_out}", f"run_dir={tmp_path / str(held_out)}"])
+    data = Digits(image_size=8, channels=1, held_out=0.25)
+    assert torch.equal(seen[0], data.held_out_images[0])
+    assert len(seen[0]) + len(data.image) == len(seen[1]) == 1797
