@@ -113,7 +113,7 @@ def every_token(model: Decoder, num_groups: int, *, batch: int, steps: int) -> C
     """Groups with all tokens in every call, waiting ones too, and no cache."""
     layout, num_tokens = model.layout, model.layout.num_tokens
     config = DecodeConfig(num_groups=num_groups, steps=steps)
-    schedule = config.schedule(num_tokens=num_tokens)
+    schedule = config.schedule(layout)
     order = torch.arange(num_tokens, device=model.device)
 
     @torch.no_grad()

@@ -601,7 +601,13 @@ def results(context: Context) -> Iterator[Case]:
 
     def case(name: str, data: Any, right: str = "refuse") -> Case:
         line = data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n"
-        older = {"likelihood": None, "training": None, "floors": {}, "real": {}}
+        older = {
+            "grouping": "equal",
+            "likelihood": None,
+            "training": None,
+            "floors": {},
+            "real": {},
+        }
         check = (
             (lambda found: True)
             if isinstance(data, bytes)

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from rolldiff import DecodeConfig, Decoder
+from rolldiff import DecodeConfig, Decoder, Patches
 
 STEPS, FRAMES, LABEL, SEED = 16, 7, 3, 3
 SETTINGS = [
@@ -36,7 +36,7 @@ def main() -> None:
     )
     for row, (title, num_groups, overlap) in zip(axes, SETTINGS, strict=True):
         config = DecodeConfig(num_groups=num_groups, overlap=overlap, steps=STEPS)
-        matrix = config.schedule(num_tokens=num_groups).matrix
+        matrix = config.schedule(Patches((num_groups, 1))).matrix
         row[0].imshow(matrix.T, aspect="auto", cmap="Blues_r", vmin=0, vmax=1, interpolation="none")
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", labelpad=12)
         row[0].set_xticks([0, len(matrix) - 1])

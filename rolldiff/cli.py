@@ -148,7 +148,12 @@ def decode(cfg: DictConfig) -> None:
     num_images = whole_number(cfg.num_images, "num_images", maximum=MAX_IMAGES)
     batch_size = min(whole_number(cfg.batch_size, "batch_size"), num_images)
     labels = _labels(cfg.label, decoder.conditioning, num_images)
-    options = {"seed": cfg.seed, "dtype": named_dtype(cfg.dtype)}
+    size = cfg.image_size
+    options = {
+        "seed": cfg.seed,
+        "dtype": named_dtype(cfg.dtype),
+        "image_size": OmegaConf.to_object(size) if OmegaConf.is_config(size) else size,
+    }
     if cfg.compile:
         compile_in_place(decoder)
     if out.suffix.lower() == ".gif":

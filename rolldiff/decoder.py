@@ -50,10 +50,13 @@ from rolldiff.diffusion.process import (
 from rolldiff.diffusion.sampler import Euler, NoiseLevel, Solver, State, TimeGrid, sample
 from rolldiff.diffusion.schedule import (
     MAX_STEPS,
+    Grouping,
     GroupSchedule,
     Order,
+    check_grouping,
     check_order,
     decode_order,
+    level_groups,
 )
 from rolldiff.diffusion.timesteps import Draw, TrainingDistribution
 from rolldiff.errors import (
@@ -93,6 +96,8 @@ class DecodeConfig:
         overlap: of successive groups, in [0, 1]: 0 one after another, 1 all together.
         steps: solver steps per group, at most 10,000.
         order: the decode order, see `decode_order`.
+        grouping: `equal` for groups of as many tokens, `levels` for groups of whole levels of the
+            layout (scales, frequencies), of which there are then at least `num_groups`.
         solver: the solver.
         guidance: 0 for none; otherwise the `w` of `y + w (y - y_null)`, or a `Guidance`.
         context_time: the local time at which finished groups are shown to those after them, as
@@ -107,6 +112,7 @@ class DecodeConfig:
     overlap: float = 0.0
     steps: int = 16
     order: Order = "top_to_bottom"
+    grouping: Grouping = "equal"
     solver: Solver = Euler()
     guidance: float | Guidance = 0.0
     context_time: float = 0.0
@@ -121,6 +127,7 @@ class DecodeConfig:
             "overlap": finite_number(self.overlap, "overlap", minimum=0, maximum=1),
             "steps": whole_number(self.steps, "steps", maximum=MAX_STEPS),
             "order": check_order(self.order),
+            "grouping": check_grouping(self.grouping),
             "solver": instance(self.solver, Solver, "solver", "a Solver such as Euler()"),
             "guidance": guidance,
             "context_time": finite_number(self.context_time, "context_time", minimum=0, maximum=1),
@@ -130,14 +137,31 @@ class DecodeConfig:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def schedule(self, *, num_tokens: int, num_known: int = 0) -> GroupSchedule:
-        """When each group of an image of `num_tokens` tokens moves."""
+    def schedule(
+        self, layout: Layout, *, order: Int[Tensor, " N"] | None = None, num_known: int = 0
+    ) -> GroupSchedule:
+        """When each group of an image moves.
+
+        Args:
+            layout: of the image.
+            order: the raster index of each token in decode order; None is that of `self.order`.
+            num_known: leading tokens that are data from the start.
+
+        Raises:
+            UsageError: if there are not so many tokens or levels.
+        """
+        sizes = None
+        if self.grouping == "levels":
+            if order is None:
+                order = decode_order(self.order, layout.coords)
+            sizes = level_groups(layout.coords[order[num_known:].cpu(), 0], self.num_groups)
         return GroupSchedule(
-            num_tokens=num_tokens,
+            num_tokens=layout.num_tokens,
             num_groups=self.num_groups,
             overlap=self.overlap,
             steps=self.steps,
             num_known=num_known,
+            sizes=sizes,
         )
 
 
@@ -632,8 +656,8 @@ class Decoder(Pretrained):
         values = self.conditioning.validate(cond, len(image), image.device)
         if guidance.scale:
             values = concat(values, self.conditioning.null(len(image), image.device))
-        schedule = config.schedule(num_tokens=self.layout.num_tokens)
         order = decode_order(config.order, self.layout.coords).to(image.device)
+        schedule = config.schedule(self.layout, order=order)
         together = config.overlap == 1
         return Teacher(
             backbone=self.backbone,
@@ -678,7 +702,10 @@ class Decoder(Pretrained):
         if image is not None or mask is not None:
             image, known_tokens = self._known(image, mask)
         num_known = 0 if known_tokens is None else int(known_tokens.sum())
-        schedule = config.schedule(num_tokens=self.layout.num_tokens, num_known=num_known)
+        order = decode_order(config.order, self.layout.coords).to(self.device)
+        if known_tokens is not None:
+            order = self._known_first(order, known_tokens)
+        schedule = config.schedule(self.layout, order=order, num_known=num_known)
         passed = self.conditioning.split(cond).keys()
         if guidance.scale and not passed:
             raise UsageError(
@@ -690,9 +717,6 @@ class Decoder(Pretrained):
             noise = check_image(noise, self.layout, unbounded=True, name="noise")
         batch = self._num_images(num_images, cond, image, noise)
         streamed = StreamedConditions(self.conditioning, cond, batch=batch, device=self.device)
-        order = decode_order(config.order, self.layout.coords).to(self.device)
-        if known_tokens is not None:
-            order = self._known_first(order, known_tokens)
         # A pixel starts from the same noise whatever the order.
         samples = PerSampleNoise(seed, batch, start_index=start_index)
         if noise is None:
@@ -759,6 +783,8 @@ class Decoder(Pretrained):
             phrases.append(f"num_groups {config.num_groups} (trained: {_list(counts)})")
         if config.num_groups > 1 and config.order not in trained.orders:
             phrases.append(f"order {config.order} (trained: {_list(trained.orders)})")
+        if config.num_groups > 1 and config.grouping not in trained.grouping:
+            phrases.append(f"grouping {config.grouping} (trained: {_list(trained.grouping)})")
         if config.num_groups > 1 and not trained.trains_overlap(config.overlap):
             phrases.append(f"overlap {config.overlap:g} (trained: {_list(trained.overlap)})")
         if config.context_time > trained.context_noise:

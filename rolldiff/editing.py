@@ -65,7 +65,7 @@ def group_mask(
     if any(group >= config.num_groups for group in chosen):
         raise UsageError(f"groups must be in 0 … {config.num_groups - 1}, got {list(chosen)}")
     layout = decoder.layout
-    schedule = config.schedule(num_tokens=layout.num_tokens)
+    schedule = config.schedule(layout)
     moved = torch.isin(schedule.group, torch.tensor(chosen, dtype=torch.long, device="cpu"))
     raster = moved[decode_order(config.order, layout.coords).argsort()]
     return highest(layout, raster.long()).bool().to(decoder.device)

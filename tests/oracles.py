@@ -201,7 +201,8 @@ def masked_decoder(
         change = layout.tokens(torch.eye(side**2).double().view(-1, 1, side, side))[..., 0]
         covariance = change.T @ covariance @ change
     counts = tuple(range(1, len(covariance) + 1))
-    training = Training(counts, orders=("top_to_bottom", "random:0", "centre_out"))
+    orders = ("top_to_bottom", "random:0", "centre_out")
+    training = Training(counts, orders=orders, grouping=("equal", "levels"))
     return Decoder(layout, MaskedGaussian(covariance, noise), noise=noise, training=training)
 
 

@@ -1,5 +1,6 @@
 """Scales and frequencies as tokens: the same images and likelihoods, coarse before fine."""
 
+import json
 import math
 from functools import cache
 
@@ -15,16 +16,19 @@ from rolldiff import (
     ClassLabels,
     DecodeConfig,
     Decoder,
+    Euler,
     Haar,
     Heun,
     Patches,
     Training,
     Transformer,
 )
+from rolldiff.cli import main
 from rolldiff.diffusion.layout import highest, touched
 from rolldiff.editing import group_mask
 from rolldiff.errors import UsageError
-from rolldiff.evaluation.measure import Evaluator, Processes
+from rolldiff.evaluation.measure import Evaluator, Processes, expected_cost
+from rolldiff.evaluation.sweep import grid
 
 LAYOUTS = [
     Haar((8, 16), channels=2, levels=1),
@@ -127,6 +131,8 @@ def test_which_pixels_depend_on_which_tokens(layout):
         {"num_groups": 1},
         {"num_groups": 4, "order": "random:0"},
         {"num_groups": 4, "overlap": 0.5},
+        {"num_groups": 3, "grouping": "levels"},
+        {"num_groups": 2, "grouping": "levels", "overlap": 0.5},
     ],
     ids=str,
 )
@@ -153,13 +159,17 @@ def test_distributions_and_likelihoods_are_those_of_the_pixels(layout, ask):
     num_groups=st.integers(1, 16),
     overlap=st.sampled_from([0.0, 0.5, 1.0]),
     order=st.sampled_from(["top_to_bottom", "random:0"]),
+    grouping=st.sampled_from(["equal", "levels"]),
     which=st.integers(0, 1),
 )
 def test_the_cache_is_exact_and_pixels_are_final_when_they_are_said_to_be(
-    num_groups, overlap, order, which
+    num_groups, overlap, order, grouping, which
 ):
     decoder = decoders()[which]
+    if grouping == "levels":
+        num_groups = min(num_groups, 3)
     ask = {"num_groups": num_groups, "overlap": overlap, "order": order, "steps": 2, "seed": 0}
+    ask["grouping"] = grouping
     whole = decoder.decode([1, 2], **ask, cache=False).image
     frames = list(decoder.stream([1, 2], **ask))
     assert (frames[-1].image - whole).abs().max() < 1e-10
@@ -186,7 +196,11 @@ def decoders():
 
 def built(layout):
     torch.manual_seed(0)
-    training = Training(tuple(range(1, 17)), orders=("top_to_bottom", "random:0"))
+    training = Training(
+        tuple(range(1, 17)),
+        orders=("top_to_bottom", "random:0"),
+        grouping=("equal", "levels"),
+    )
     backbone = Transformer(layout, width=16, depth=2, heads=2, condition=ClassLabels(10))
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
@@ -237,6 +251,152 @@ def evaluator(decoder):
         dtype=None,
         processes=Processes(),
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        (Haar(8, channels=1, levels=3), {1: (64,), 2: (4, 60), 3: (4, 12, 48), 4: (1, 3, 12, 48)}),
+        (DCT(4, channels=1, block=2), {1: (16,), 2: (12, 4), 3: (4, 8, 4)}),
+        (Patches(4, channels=1), {1: (16,)}),
+    ],
+    ids=str,
+)
+def test_groups_of_levels(layout, sizes):
+    for num_groups, expected in sizes.items():
+        for order in ("top_to_bottom", "random:3"):
+            config = DecodeConfig(num_groups=num_groups, grouping="levels", order=order)
+            assert config.schedule(layout).group.bincount().tolist() == list(expected)
+    config = DecodeConfig(num_groups=len(sizes) + 1, grouping="levels")
+    with pytest.raises(UsageError, match=f"num_groups must be in 1 … {len(sizes)}, the levels"):
+        config.schedule(layout)
+    mixed = DecodeConfig(order=[1, *range(layout.num_tokens - 1, 1, -1), 0], grouping="levels")
+    if len(sizes) > 1:
+        with pytest.raises(UsageError, match="one level after another"):
+            mixed.schedule(layout)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_coarse_image_is_final_first(number):
+    decoder = decoders()[number]
+    ask = {"num_groups": 3, "grouping": "levels", "steps": 3, "seed": 0}
+    frames = list(decoder.stream([1, 2], **ask))
+    coarse = [torch.nn.functional.avg_pool2d(f.image, 4 if number == 0 else 2) for f in frames]
+    assert not torch.allclose(coarse[0], coarse[-1])
+    for average in coarse[2:]:  # the first group is done
+        torch.testing.assert_close(average, coarse[-1])
+    assert not torch.allclose(frames[2].image, frames[-1].image)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("solver", [Heun(), Euler()], ids=str)
+def test_the_cost_of_groups_of_levels(number, solver):
+    decoder = decoders()[number]
+    for overlap in (0.0, 0.5):
+        for cached in (True, False):
+            config = DecodeConfig(
+                num_groups=3, overlap=overlap, grouping="levels", steps=4, solver=solver
+            )
+            cost = decoder.decode([1], config, cache=cached, seed=0).cost
+            found = expected_cost(config, decoder.layout, cache=cached)
+            assert (cost.nfe, cost.tokens) == found
+
+
+def test_levels_are_inpainted():
+    decoder = decoders()[0]
+    image = images(decoder.layout)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:2, :2] = True
+    config = DecodeConfig(num_groups=3, steps=2, order="random:0", grouping="levels")
+    run = decoder.prepare([1, 2], config, image=image, mask=mask, seed=0)
+    # One coarse token, three details of it, and three of the finest: with patches of 2 x 2 they
+    # hold two coefficients of each direction.
+    assert run.schedule.sizes == (1, 3, 3)
+    assert torch.equal(run.finish().image[..., ~mask], image[..., ~mask])
+
+
+def test_training_draws_groups_of_levels():
+    layout = Haar(8, channels=1, levels=2)
+    sizes = [(64,), (16, 48), (4, 12, 48)]
+    for grouping, rows in (
+        ("levels", sizes),
+        (("levels",), sizes),
+        (("equal", "levels"), [(64,), (32, 32), (16, 48), (22, 21, 21), (4, 12, 48)]),
+        (("equal",), [(64,), (32, 32), (22, 21, 21)]),
+    ):
+        training = Training((1, 2, 3), grouping=grouping, orders=("top_to_bottom", "random:0"))
+        _, groups = training.tables(layout.coords)
+        assert [tuple(row.bincount().tolist()) for row in groups] == rows
+        draws = [training.sample(64, groups, torch.Generator().manual_seed(i)) for i in range(20)]
+        drawn = {tuple(g.bincount().tolist()) for draw in draws for g in draw.group}
+        assert drawn == set(rows)
+    many = Training((1, 4), grouping=("equal", "levels")).tables(layout.coords)[1]
+    assert many[:, -1].tolist() == [0, 3]
+    with pytest.raises(UsageError, match="num_groups must be in 1 … 3, the levels"):
+        Training((1, 4), grouping="levels").tables(layout.coords)
+    orders = (tuple(range(64)), tuple(range(63, -1, -1)))
+    with pytest.raises(UsageError, match="levels in the same order"):
+        Training((2,), grouping="levels", orders=orders).tables(layout.coords)
+
+
+def test_a_grouping_that_was_not_trained_warns():
+    layout = Haar(8, channels=1, levels=2)
+    decoder = Decoder(
+        layout, Transformer(layout, width=8, depth=1, heads=1), training=Training((1, 3))
+    )
+    with pytest.warns(UserWarning, match="grouping levels .trained: equal"):
+        decoder.decode(num_groups=3, grouping="levels", steps=1)
+
+
+def test_every_setting_of_levels_once():
+    ask = {
+        "num_groups": [1, 3, 4],
+        "overlap": [0.0],
+        "steps": [4],
+        "order": ["top_to_bottom"],
+        "solver": [Euler()],
+        "guidance": [0.0],
+    }
+    layout = Haar(8, channels=1, levels=2)
+    found = grid(layout, **ask, grouping=["equal", "levels"])
+    assert [(c.num_groups, c.grouping) for c in found] == [
+        (1, "equal"),
+        (3, "equal"),
+        (3, "levels"),
+        (4, "equal"),
+    ]
+    with pytest.raises(UsageError, match="1 … 3, the levels"):
+        grid(layout, **ask, grouping=["levels"])
+
+
+def test_a_training_on_levels_from_the_command_line(tmp_path, capsys):
+    run = tmp_path / "run"
+    ask = ["layout=haar", "training.num_groups=[1,3]", "training.grouping=[levels]", "nn.width=8"]
+    ask += ["nn.depth=1", "nn.heads=1", "batch_size=8", "progress=false", "report.samples=8"]
+    ask += ["report.steps=1", "data.held_out=0.1", f"run_dir={run}", "callbacks.samples=null"]
+    main(["train", *ask, "max_steps=2"])
+    values = json.loads((run / "summary.json").read_text())["fd_pixels"]
+    assert list(values) == ["1", "3"]
+    assert "num_groups=3 grouping=levels overlap=0.5" in capsys.readouterr().out
+    out = tmp_path / "coarse.gif"
+    main(["decode", f"ckpt={run}", "num_groups=3", "grouping=levels", "steps=1", f"out={out}"])
+    assert out.exists()
+    bench = ["bench.steps=[1]", "bench.samples=8", "bench.features=[pixels]", "bench.seeds=[0]"]
+    main(["bench", f"ckpt={run}", *bench, "bench.joint_steps=[]", "progress=false"])
+    text = (run / "bench" / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(line["num_groups"], line["grouping"]) for line in lines] == [
+        (1, "equal"),
+        (3, "levels"),
+    ]
+    assert "3 groups, overlap 0, 1 steps, by levels" in (run / "bench" / "report.md").read_text()
+    capsys.readouterr()
+    ask = ["likelihood.method=bound", "likelihood.samples=1", "likelihood.levels=17", "images=4"]
+    main(["likelihood", f"ckpt={run}", *ask])
+    assert "| 3 groups, overlap 0, by levels |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", f"ckpt={run}", "bench.num_groups=[4]", "progress=false"])
+    assert "num_groups must be in 1 … 3, the levels of the layout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -140,19 +140,21 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_one_group_may_take_more_steps():
-    settings = grid(16, **ASK, joint_steps=[4, 8])
+    settings = grid(Patches(4), **ASK, joint_steps=[4, 8])
     assert {s.steps for s in settings if s.num_groups == 1} == {2, 4, 8}
     assert {s.steps for s in settings if s.num_groups == 4} == {2, 4}
 
 
 def test_a_setting_is_swept_once():
-    settings = grid(16, **ASK)
+    settings = grid(Patches(4), **ASK)
     assert len(settings) == len(set(settings)) == 2 + 2 * 2 * 2
     assert [s for s in settings if s.num_groups == 1] == [
         DecodeConfig(num_groups=1, steps=steps) for steps in (2, 4)
     ]
     # 0.3 and 0.5 of two steps both round to a stagger of one.
-    assert len(grid(16, **ASK | {"overlap": [0.3, 0.5], "steps": [2], "num_groups": [4]})) == 2
+    assert (
+        len(grid(Patches(4), **ASK | {"overlap": [0.3, 0.5], "steps": [2], "num_groups": [4]})) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,15 +170,15 @@ def test_a_setting_is_swept_once():
 )
 def test_settings_out_of_range(wrong, words):
     with pytest.raises(ValueError, match=words):
-        grid(16, **ASK | wrong)
+        grid(Patches(4), **ASK | wrong)
 
 
 @pytest.mark.parametrize("match", ["nfe", "tokens", "seconds"])
 def test_matched_configurations_cost_the_same(match):
-    configs = grid(256, **ASK | {"num_groups": [1, 2, 8, 64], "steps": [32]})
+    configs = grid(Patches(16), **ASK | {"num_groups": [1, 2, 8, 64], "steps": [32]})
 
     def cost(config):
-        nfe, tokens = expected_cost(config, 256)
+        nfe, tokens = expected_cost(config, Patches(16))
         seconds = 0.1 * config.num_groups + 0.05 * config.steps
         return {"nfe": nfe, "tokens": tokens, "seconds": seconds}[match]
 
@@ -209,7 +211,7 @@ def test_matched_seconds_are_measured_once(tmp_path):
         measured.append(replace(config, steps=1))
         return 0.5, 0.25
 
-    configs = grid(16, **ASK)
+    configs = grid(Patches(4), **ASK)
     for _ in range(2):
         found = match_cost(configs, Timings(tmp_path / "timings.json", measure=measure))
         assert set(found) == set(configs)
@@ -409,7 +411,7 @@ def test_the_expected_cost_is_the_measured_cost(make, solver, causal, cache):
             guidance=1.0 if guidance else 0.0,
         )
         cost = decoder.decode([1], config, cache=cache, seed=0).cost
-        expected = expected_cost(config, 16, causal=causal, cache=cache)
+        expected = expected_cost(config, Patches(4), causal=causal, cache=cache)
         assert (cost.nfe, cost.tokens) == expected
 
     agree()
@@ -484,7 +486,7 @@ def test_one_value_stands_for_a_list_of_it(run, tmp_path):
     settings += ["seeds=1", "features=pixels"]
     bench(ask(run, tmp_path, *(f"bench.{setting}" for setting in settings)), conf=config_dir())
     (line,) = map(json.loads, lines(tmp_path))
-    assert [line[name] for name in SETTINGS] == [2, 0.5, 3, "top_to_bottom", "heun", 0.0]
+    assert [line[name] for name in SETTINGS] == [2, 0.5, 3, "top_to_bottom", "equal", "heun", 0.0]
     assert (line["seeds"], list(line["extractors"])) == ([1], ["pixels"])
 
 
@@ -649,7 +651,7 @@ def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
     fine |= {(key, 0.5) for key in ("guidance", "seconds", "seconds_to_first_group")}
     fine |= {("guidance", -1)}
     fine |= {(key, text) for key in record for text in ("", "1") if isinstance(record[key], str)}
-    fine -= {(key, text) for key in ("order", "solver") for text in ("", "1")}
+    fine -= {(key, text) for key in ("order", "grouping", "solver") for text in ("", "1")}
     fine |= {("match", ""), ("commit", ""), ("likelihood", None)}
     fine |= {("training", value) for value in (None, "", "1")}
     refused = 0
@@ -664,8 +666,8 @@ def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
                 read(path)
             refused += 1
         path = change(without(key))
-        if key in ("likelihood", "training", "floors", "real"):  # older lines have none
-            assert not read(path).records[1][key]
+        if key in ("grouping", "likelihood", "training", "floors", "real"):  # older lines: none
+            assert read(path).records[1][key] in ("equal", None, {})
             continue
         words = "method None" if key == "method" else f"is damaged: {key} must be given"
         with pytest.raises(UsageError, match=words):

@@ -1,7 +1,10 @@
 """Local attention: the rule, the exact cache in bounded memory, and images of any size."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 
 from rolldiff import (
     ClassLabels,
@@ -15,6 +18,7 @@ from rolldiff import (
     Training,
     Transformer,
 )
+from rolldiff.cli import main
 from rolldiff.diffusion.schedule import (
     GroupSchedule,
     Visibility,
@@ -166,6 +170,23 @@ def test_the_memory_does_not_grow_with_the_height():
     assert columns < 32 * 8 * numbers
     # Random orders do not close it.
     assert peak(decoder, 32, num_groups=4, order="random:0") > 0.9 * 32 * 8 * numbers
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_images_of_any_size_from_the_command_line(tmp_path, capsys):
+    local((4, 6)).float().save_pretrained(tmp_path)
+    out = tmp_path / "images"
+    ask = ["decode", f"ckpt={tmp_path}", "num_images=1", "steps=1", f"out={out}"]
+    for size, sides in (("image_size=[8,10]", (10, 8)), ("image_size=6", (6, 6)), ("", (6, 4))):
+        main([word for word in [*ask, size] if word])
+        with Image.open(next(out.iterdir())) as image:
+            assert image.size == sides
+        shutil.rmtree(out)
+    capsys.readouterr()
+    for wrong in ("image_size=7.5", "image_size=[8,x]", "image_size=[8,8,8]", "image_size={a:1}"):
+        with pytest.raises(SystemExit):
+            main([*ask, wrong])
+        assert "image_size must be" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:decoding beyond")

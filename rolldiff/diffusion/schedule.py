@@ -1,8 +1,9 @@
 """The schedule: in which order tokens are decoded, which of them form a group, and when each moves.
 
-A decode order is a permutation of the raster tokens. It is cut into `G` consecutive groups whose
-sizes differ by at most one. Everything downstream is in decode order, so that a group is a
-contiguous span and an image is always three spans: finished | moving | waiting.
+A decode order is a permutation of the raster tokens. It is cut into `G` consecutive groups, either
+of sizes that differ by at most one or of whole levels of the layout (scales, frequencies). All that
+follows is in decode order, so that a group is a contiguous span and an image is always three spans:
+finished | moving | waiting.
 
 Every group takes `S` solver steps and starts `k` steps after the group before it. Row `r` of the
 scheduling matrix gives group `g` the local time
@@ -31,6 +32,8 @@ its *block*: a token sees the tokens whose block is not after its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -43,14 +46,18 @@ __all__ = [
     "MAX_STEPS",
     "ORDERS",
     "GroupSchedule",
+    "Grouping",
     "Order",
     "Visibility",
     "attention_mask",
+    "check_grouping",
     "check_order",
     "decode_order",
+    "level_groups",
 ]
 
 Order = str | Sequence[int]
+Grouping = Literal["equal", "levels"]
 
 MAX_STEPS = 10_000  # per group: everything that depends on the time is computed for all of them
 
@@ -140,6 +147,46 @@ def decode_order(order: Order, coords: Float[Tensor, "N 3"]) -> Int[Tensor, " N"
     return torch.from_numpy(np.lexsort((*reversed(keys), level)))
 
 
+def check_grouping(grouping: Any, name: str = "grouping") -> Grouping:
+    """How tokens are grouped.
+
+    Args:
+        grouping: what a user passed.
+        name: what the user calls it.
+
+    Raises:
+        UsageError: if there is no such way.
+    """
+    known: tuple[Grouping, ...] = get_args(Grouping)
+    for each in known:
+        if isinstance(grouping, str) and grouping == each:
+            return each
+    raise UsageError(f"{name} must be one of {', '.join(known)}, got {shown(grouping)}")
+
+
+def level_groups(level: Float[Tensor, " N"], num_groups: int) -> tuple[int, ...]:
+    """The sizes of groups of whole levels; the first groups hold one level more.
+
+    Args:
+        level: of each token, in decode order.
+        num_groups: groups, from 1 to the number of levels.
+
+    Raises:
+        UsageError: if there are fewer levels, or the order mixes them.
+    """
+    values, sizes = level.cpu().unique_consecutive(return_counts=True)
+    if len(values) != len(values.unique()):
+        raise UsageError(
+            "order must decode one level after another with grouping=levels, got levels mixed"
+        )
+    if not 1 <= num_groups <= len(values):
+        raise UsageError(
+            f"num_groups must be in 1 … {len(values)}, the levels of the layout, with "
+            f"grouping=levels, got {num_groups}"
+        )
+    return tuple(int(part.sum()) for part in sizes.tensor_split(num_groups))
+
+
 def _check_permutation(order: Sequence[int], num_tokens: int, name: str) -> None:
     if sorted(order) != list(range(num_tokens)) or not order:
         raise UsageError(
@@ -152,9 +199,9 @@ def _check_permutation(order: Sequence[int], num_tokens: int, name: str) -> None
 class GroupSchedule:
     """When each group of `num_tokens` tokens in decode order moves.
 
-    Group sizes are those of `numpy.array_split`: the first `N mod G` groups hold one token more. In
-    the order `top_to_bottom` the groups are bands of rows if the count divides them, and runs of
-    the raster otherwise.
+    Unless `sizes` says otherwise, group sizes are those of `numpy.array_split`: the first `N mod G`
+    groups hold one token more. In the order `top_to_bottom` the groups are bands of rows if the
+    count divides them, and runs of the raster otherwise.
 
     Args:
         num_tokens: `N`, tokens of the image.
@@ -164,6 +211,7 @@ class GroupSchedule:
         steps: `S`, solver steps per group, at most 10,000.
         num_known: leading tokens that are data from the start (inpainting). The groups share the
             other tokens.
+        sizes: of the `G` groups, in tokens; None for equal ones.
 
     Raises:
         UsageError: if an argument is out of range.
@@ -174,6 +222,7 @@ class GroupSchedule:
     overlap: float = 0.0
     steps: int = 16
     num_known: int = 0
+    sizes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         num_tokens = whole_number(self.num_tokens, "num_tokens")
@@ -191,6 +240,14 @@ class GroupSchedule:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if self.sizes is not None:
+            sizes = whole_numbers(self.sizes, "sizes")
+            if len(sizes) != self.num_groups or sum(sizes) != num_tokens - num_known:
+                raise UsageError(
+                    f"sizes must be of {self.num_groups} groups and {num_tokens - num_known} "
+                    f"tokens in all, got {len(sizes)} and {sum(sizes)}"
+                )
+            object.__setattr__(self, "sizes", sizes)
 
     @cached_property
     def stagger(self) -> int:
@@ -210,6 +267,8 @@ class GroupSchedule:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """`G + 1` boundaries: group `g` is the span `ends[g] … ends[g + 1]` of the decode order."""
+        if self.sizes is not None:
+            return tuple(accumulate(self.sizes, initial=self.num_known))
         size, larger = divmod(self.num_tokens - self.num_known, self.num_groups)
         return tuple(self.num_known + g * size + min(g, larger) for g in range(self.num_groups + 1))
 

@@ -29,11 +29,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rolldiff.diffusion.schedule import (
+    Grouping,
     GroupSchedule,
     Order,
     attention_mask,
+    check_grouping,
     check_order,
     decode_order,
+    level_groups,
 )
 from rolldiff.errors import (
     UsageError,
@@ -157,6 +160,9 @@ class TrainingDistribution:
         num_groups: the group counts, drawn uniformly. One that is listed twice is drawn twice as
             often.
         orders: the decode orders, drawn uniformly.
+        grouping: how tokens are grouped, drawn uniformly with the group counts: groups of equal
+            sizes, or of whole levels of the layout. Counts above the number of levels are drawn
+            with equal sizes alone.
         overlap: the overlaps, drawn uniformly from the entries of the list: numbers in [0, 1], and
             ranges of them such as `0..1`.
         clean_context: the probability that the windows before a random one are clean context.
@@ -174,6 +180,7 @@ class TrainingDistribution:
 
     num_groups: Sequence[int] = (1,)
     orders: Sequence[Order] = ("top_to_bottom",)
+    grouping: Sequence[Grouping] | Grouping = ("equal",)
     overlap: Sequence[float | str] = (0.0, "0..1")
     clean_context: float = 0.5
     independent: float = 0.5
@@ -196,6 +203,12 @@ class TrainingDistribution:
             )
         plain = tuple(check_order(order, "each of orders") for order in orders)
         object.__setattr__(self, "orders", plain)
+        grouping = [self.grouping] if isinstance(self.grouping, str) else self.grouping
+        grouping = sequence(grouping, "grouping", "equal or levels")
+        if not grouping:
+            raise UsageError("grouping must hold at least one of equal and levels, got none")
+        plain = tuple(check_grouping(each, "each of grouping") for each in grouping)
+        object.__setattr__(self, "grouping", tuple(dict.fromkeys(plain)))
         overlap = sequence(self.overlap, "overlap", "numbers in [0, 1] and ranges such as 0..1")
         if not 1 <= len(overlap) <= MAX_SETTINGS:
             raise UsageError(
@@ -219,20 +232,42 @@ class TrainingDistribution:
     ) -> tuple[Int[Tensor, "orders N"], Int[Tensor, "counts N"]]:
         """Every decode order, and for every group count the group of each token in decode order.
 
+        A group count has a row for each `grouping` that it fits.
+
         Raises:
             UsageError: if an order or a group count does not fit the tokens, or there are so many
                 that their tables would have more than 2^24 entries.
         """
-        if len(coords) * (len(self.orders) + len(self.num_groups)) > MAX_ENTRIES:
+        settings = len(self.orders) + len(self.num_groups) * len(self.grouping)
+        if len(coords) * settings > MAX_ENTRIES:
             raise UsageError(
                 f"num_groups and orders must hold at most {MAX_ENTRIES // len(coords)} settings "
                 f"for {len(coords)} tokens, got {len(self.num_groups)} and {len(self.orders)}"
             )
         orders = [decode_order(order, coords) for order in self.orders]
-        groups = [
-            GroupSchedule(num_tokens=len(coords), num_groups=g).group for g in self.num_groups
-        ]
+        groups = []
+        for g in self.num_groups:
+            for sizes in self._sizes(g, coords, orders):
+                schedule = GroupSchedule(num_tokens=len(coords), num_groups=g, sizes=sizes)
+                groups.append(schedule.group)
         return torch.stack(orders), torch.stack(groups)
+
+    def _sizes(
+        self, num_groups: int, coords: Float[Tensor, "N 3"], orders: Sequence[Int[Tensor, " N"]]
+    ) -> list[tuple[int, ...] | None]:
+        """The group sizes of a count, those of each grouping that it fits; None for equal ones."""
+        if "levels" not in self.grouping:
+            return [None]
+        level, both = coords[:, 0], len(self.grouping) > 1
+        if both and not 1 < num_groups <= len(level.unique()):
+            return [None]
+        if any(not torch.equal(level[order], level[orders[0]]) for order in orders):
+            raise UsageError(
+                "orders must decode the levels in the same order with grouping=levels, got "
+                + shown(self.orders)
+            )
+        sizes = level_groups(level[orders[0]], num_groups)
+        return [None if grouping == "equal" else sizes for grouping in self.grouping]
 
     def sample(
         self,
@@ -251,9 +286,9 @@ class TrainingDistribution:
         # The largest number of slices that divides the batch.
         slices = max(m for m in range(1, min(self.slices, batch) + 1) if batch % m == 0)
         choice = _strata(slices, 2, generator)
-        counts = (choice[:, 0] * len(self.num_groups)).long().tolist()
+        counts = (choice[:, 0] * len(groups)).long().tolist()
         entries = (choice[:, 1] * len(self.overlap)).long().tolist()
-        u = _strata(batch, max(self.num_groups), generator).chunk(slices)
+        u = _strata(batch, int(groups.max()) + 1, generator).chunk(slices)
         own, noise = _strata(batch, 2, generator)[:, :, None].unbind(1)
         is_independent = (own < self.independent).chunk(slices)
         context = (noise * self.context_noise).chunk(slices)
@@ -263,7 +298,8 @@ class TrainingDistribution:
             v, of_context, place = torch.rand(3, generator=generator).tolist()
             low, high = _range(self.overlap[entries[m]])
             lag = 1 - low - (high - low) * v
-            group, num_groups = groups[counts[m]], self.num_groups[counts[m]]
+            group = groups[counts[m]]
+            num_groups = int(group[-1]) + 1
             windows = cut(num_groups, lag, generator)
             t = windows.times(u[m], lag)  # [B / M, G]
             shared = shared and (num_groups == 1 or lag == 0)

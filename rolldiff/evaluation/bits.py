@@ -4,7 +4,8 @@ Image `i` has the same noise in every setting, so that settings are compared on 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -159,21 +160,22 @@ def _configs(cfg: DictConfig, decoder: Decoder) -> list[DecodeConfig]:
         orders = [orders]  # one permutation
     counts = _list(cfg.num_groups, "num_groups") or sorted(set(trained.num_groups))
     overlaps = _list(cfg.overlap, "overlap")
+    groupings = _list(cfg.grouping, "grouping") or list(trained.grouping)
+    num_levels = len(decoder.layout.coords[:, 0].unique())
     found: dict[tuple[object, ...], DecodeConfig] = {}
-    for order in orders:
-        for overlap in overlaps:
-            for count in counts:
-                config = DecodeConfig(
-                    num_groups=whole_number(count, "num_groups", maximum=decoder.layout.num_tokens),
-                    overlap=finite_number(overlap, "overlap", minimum=0, maximum=1),
-                    order=order,
-                    steps=cfg.steps,
-                    guidance=cfg.guidance,
-                )
-                if config.num_groups == 1:  # has neither overlap nor order
-                    found.setdefault((1,), config)
-                else:
-                    found[config.num_groups, config.overlap, config.order] = config
+    for order, overlap, grouping, count in product(orders, overlaps, groupings, counts):
+        config = DecodeConfig(
+            num_groups=whole_number(count, "num_groups", maximum=decoder.layout.num_tokens),
+            overlap=finite_number(overlap, "overlap", minimum=0, maximum=1),
+            order=order,
+            grouping=grouping,
+            steps=cfg.steps,
+            guidance=cfg.guidance,
+        )
+        if config.num_groups == 1:  # has neither overlap nor order
+            found.setdefault((1,), replace(config, grouping="equal"))
+        elif not (grouping == "levels" and count > num_levels and "equal" in groupings):
+            found[config.num_groups, config.overlap, config.order, grouping] = config
     return list(found.values())
 
 
@@ -202,6 +204,8 @@ def _table(
         label = groups_label(config.num_groups, config.overlap)
         if config.num_groups > 1 and config.order != "top_to_bottom":
             label += f", {config.order}"
+        if config.grouping != "equal":
+            label += ", by levels"
         # The mean's error by the noise; the images are the same in every row.
         noise = found.noise_error.square().sum().sqrt() / count
         cells = [

@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
-from rolldiff.diffusion.layout import highest
+from rolldiff.diffusion.layout import Layout, highest
 from rolldiff.diffusion.schedule import decode_order
 from rolldiff.evaluation.bits import bits_per_dim
 from rolldiff.evaluation.features import Extractor, Pixels
@@ -56,7 +56,7 @@ BATCH = 500  # images whose features are computed at a time
 
 
 def expected_cost(
-    config: DecodeConfig, num_tokens: int, *, causal: bool = True, cache: bool = True
+    config: DecodeConfig, layout: Layout, *, causal: bool = True, cache: bool = True
 ) -> tuple[int, int]:
     """The `nfe` and `tokens` of a decoding, in closed form.
 
@@ -69,11 +69,11 @@ def expected_cost(
 
     Args:
         config: the settings.
-        num_tokens: `N`.
+        layout: of the images.
         causal: whether the backbone is block-causal.
         cache: whether finished tokens are cached; only a causal backbone can.
     """
-    schedule = config.schedule(num_tokens=num_tokens)
+    schedule, num_tokens = config.schedule(layout), layout.num_tokens
     solver, guidance = config.solver, config.guidance
     ends, rows, k = schedule.ends, schedule.num_steps, schedule.stagger
     together = k == 0 or schedule.num_groups == 1
@@ -326,7 +326,7 @@ class Evaluator:
         That is so with one group, a group per pixel, or pixels that depend on several groups.
         """
         layout = self.decoder.layout
-        group = config.schedule(num_tokens=layout.num_tokens).group
+        group = config.schedule(layout).group
         raster = group[decode_order(config.order, layout.coords).argsort()]
         pixels = highest(layout, raster)
         of_one = torch.equal(pixels, -highest(layout, -raster))

@@ -42,7 +42,7 @@ def plot_costs(
     """Each metric against network calls, token evaluations and seconds.
 
     Args:
-        records: lines of `results.jsonl`, all of one order, solver and guidance.
+        records: lines of `results.jsonl`, all of one grouping, order, solver and guidance.
         path: the PNG to write.
         metrics: the metrics, one row of panels each.
         title: what the records have in common.

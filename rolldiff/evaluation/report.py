@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.diffusion.sampler import Solver
+from rolldiff.diffusion.schedule import Grouping, check_grouping
 from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.features import Classifier
 from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif, save_picture
@@ -61,8 +62,10 @@ def config_label(record: Mapping[str, Any]) -> str:
 
 
 def _variant(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Order, solver and guidance, if they are not the default."""
+    """Grouping, order, solver and guidance, if they are not the default."""
     variant = []
+    if record["num_groups"] > 1 and record.get("grouping", "equal") != "equal":
+        variant.append("by levels")
     if record["num_groups"] > 1 and record["order"] != "top_to_bottom":
         variant.append(_order_name(record["order"]))
     if record["solver"] != "euler":
@@ -189,7 +192,7 @@ def _extractors(evaluator: Evaluator) -> str:
 
 
 def _variants(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
-    """Records by order, solver and guidance; a single group, which has no order, is in all."""
+    """Records by grouping, order, solver and guidance; a single group is in all of a solver."""
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         if record["num_groups"] > 1:
@@ -306,6 +309,7 @@ class TrainingReport(ABC):
     Args:
         steps: solver steps per group.
         samples: images, at most, that are compared.
+        grouping: see `DecodeConfig`; the first of several.
 
     Raises:
         UsageError: if a setting is out of range.
@@ -314,13 +318,24 @@ class TrainingReport(ABC):
     held_out: ClassVar[bool] = False  # whether to measure on the images that the data holds out
     steps: int = 16
     samples: int = 2000
+    grouping: Grouping | Sequence[Grouping] = "equal"
 
     def __post_init__(self) -> None:
+        several = isinstance(self.grouping, Sequence) and not isinstance(self.grouping, str)
+        first = self.grouping[0] if several and self.grouping else self.grouping
+        self._set("grouping", check_grouping(first, "report.grouping"))
         self._set("steps", whole_number(self.steps, "report.steps"))
         self._set("samples", whole_number(self.samples, "report.samples", minimum=MIN_IMAGES))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # only on the way into a frozen instance
+
+    def config(self, num_groups: int, overlap: float = 0.0) -> DecodeConfig:
+        """The settings of a decoding with so many groups."""
+        grouping = check_grouping(self.grouping)
+        return DecodeConfig(
+            num_groups=num_groups, overlap=overlap, steps=self.steps, grouping=grouping
+        )
 
     @abstractmethod
     def configs(self) -> list[DecodeConfig]:
@@ -348,9 +363,13 @@ class TrainingReport(ABC):
         Raises:
             UsageError: if the model cannot do what the report asks for.
         """
-        num_tokens = self.decoder_of(model).layout.num_tokens
+        layout = self.decoder_of(model).layout
         for config in self.configs():
-            whole_number(config.num_groups, "report.num_groups", maximum=num_tokens)
+            whole_number(config.num_groups, "report.num_groups", maximum=layout.num_tokens)
+            try:
+                config.schedule(layout)
+            except UsageError as error:  # its message begins with the words "num_groups"
+                raise UsageError(f"report.{error}") from error
 
     def subsample(self, image: Tensor, label: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
         """At most `samples` images and their labels, drawn without replacement."""
@@ -424,7 +443,7 @@ class GroupCountReport(TrainingReport):
         self._set("num_groups", _group_counts(self.num_groups))
 
     def configs(self) -> list[DecodeConfig]:
-        return [DecodeConfig(num_groups=g, steps=self.steps) for g in self.num_groups]
+        return [self.config(g) for g in self.num_groups]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,6 +453,7 @@ class DecoderReport(GroupCountReport):
     Args:
         num_groups: the group counts.
         steps: solver steps per group.
+        grouping: of the decoding.
         samples: images, at most, that as many samples are compared with.
     """
 
@@ -458,6 +478,7 @@ class DecoderReport(GroupCountReport):
         settings = {
             "ckpt": folder,
             "num_groups": int(min(grouped, key=grouped.__getitem__)),
+            **({} if self.grouping == "equal" else {"grouping": self.grouping}),
             "overlap": 0.5,
             "steps": 16,
             "num_images": 64,
@@ -493,9 +514,7 @@ class DecoderReport(GroupCountReport):
             rows[f"num_groups {config.num_groups}"] = output.image
         save_picture(labelled_rows(rows), folder / "samples.png")
         groups = min(self.num_groups, key=lambda g: abs(g - 8))  # enough to see them move
-        config = DecodeConfig(
-            num_groups=groups, overlap=0.5 if groups > 1 else 1.0, steps=self.steps
-        )
+        config = self.config(groups, 0.5 if groups > 1 else 1.0)
         frames = decoder.stream(cond, config, num_images=count, seed=seed)
         save_gif((make_grid(f.image, columns=10) for f in frames), folder / "stream.gif")
 
@@ -585,7 +604,7 @@ class PriorReport(TrainingReport):
         self._set("overlap", overlap)
 
     def configs(self) -> list[DecodeConfig]:
-        return [DecodeConfig(num_groups=self.num_groups, overlap=self.overlap, steps=self.steps)]
+        return [self.config(self.num_groups, self.overlap)]
 
     def decoder_of(self, model: Prior) -> Decoder:
         return self._tokenizer(model).decoder

@@ -17,7 +17,7 @@ from typing import Any
 from rolldiff.decoder import DecodeConfig
 from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.diffusion.schedule import decode_order
+from rolldiff.diffusion.schedule import check_grouping, decode_order
 from rolldiff.errors import UsageError, finite_number, reason, whole_number
 from rolldiff.evaluation.measure import mean_std
 from rolldiff.files import write_text
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 # To be changed when equal settings give other figures. 1: a part of the images was the first ones.
 METHOD = 2
 
-SETTINGS = ("num_groups", "overlap", "steps", "order", "solver", "guidance")
+SETTINGS = ("num_groups", "overlap", "steps", "order", "grouping", "solver", "guidance")
 
 
 def settings_of(config: DecodeConfig, solvers: Mapping[str, Solver]) -> Record:
@@ -288,6 +288,7 @@ FIELDS: dict[str, Check] = {
     "overlap": partial(finite_number, minimum=0, maximum=1),
     "steps": _count,
     "order": _order,
+    "grouping": check_grouping,
     "solver": _text,
     "guidance": finite_number,
     "nfe": _count,
@@ -322,7 +323,13 @@ FIELDS: dict[str, Check] = {
 
 def _checked(record: Record, *, layout: Layout, solvers: Mapping[str, Solver]) -> Record:
     """A record whose values are of the types and in the ranges that `bench` writes."""
-    older: Record = {"likelihood": None, "training": None, "floors": {}, "real": {}}
+    older: Record = {
+        "grouping": "equal",
+        "likelihood": None,
+        "training": None,
+        "floors": {},
+        "real": {},
+    }
     record = older | record
     for name, check in FIELDS.items():
         if name not in record:
@@ -335,8 +342,7 @@ def _checked(record: Record, *, layout: Layout, solvers: Mapping[str, Solver]) -
     for name, metric in record["metrics"].items():
         _check_metric(metric, f"metrics.{name}", len(record["seeds"]), several=name == "by_band")
     config = config_of(record, solvers)
-    config.schedule(num_tokens=layout.num_tokens)
-    decode_order(config.order, layout.coords)
+    config.schedule(layout, order=decode_order(config.order, layout.coords))
     # As written: overlap 1 and 1.0 are the same setting.
     return record | {name: float(record[name]) for name in ("overlap", "guidance")}
 

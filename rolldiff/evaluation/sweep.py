@@ -26,8 +26,9 @@ from tqdm import tqdm
 import rolldiff
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
+from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.diffusion.schedule import Order, decode_order
+from rolldiff.diffusion.schedule import Grouping, Order, check_grouping, decode_order
 from rolldiff.errors import UsageError, finite_number, instance, reason, warn_user, whole_number
 from rolldiff.evaluation.bits import SEEN, held_out
 from rolldiff.evaluation.features import (
@@ -124,12 +125,13 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
 
 
 def grid(
-    num_tokens: int,
+    layout: Layout,
     *,
     num_groups: Sequence[int],
     overlap: Sequence[float],
     steps: Sequence[int],
     order: Sequence[Order],
+    grouping: Sequence[Grouping] = ("equal",),
     solver: Sequence[Solver],
     guidance: Sequence[float],
     joint_steps: Sequence[int] = (),
@@ -137,11 +139,12 @@ def grid(
     """All combinations of settings, each once.
 
     Args:
-        num_tokens: of the decoder.
+        layout: of the decoder.
         num_groups: see `DecodeConfig`, as for all that follow.
         overlap: of successive groups.
         steps: solver steps per group.
         order: of decoding.
+        grouping: of tokens. With both, counts above the number of levels are `equal` alone.
         solver: of decoding.
         guidance: its scale.
         joint_steps: further steps for a single group, which has no other way to spend as many
@@ -155,6 +158,7 @@ def grid(
         "overlap": overlap,
         "steps": steps,
         "order": order,
+        "grouping": grouping,
         "solver": solver,
         "guidance": guidance,
     }
@@ -163,14 +167,27 @@ def grid(
             raise UsageError(f"bench.{name} must hold at least one value, got none")
     found: dict[tuple[object, ...], DecodeConfig] = {}
     every = [*steps, *(s for s in joint_steps if s not in steps)]
-    for g, s, o, way, rule, w in product(num_groups, every, overlap, order, solver, guidance):
-        if g > 1 and s not in steps:
+    num_levels = len(layout.coords[:, 0].unique())
+    for g, s, o, way, sizes, rule, w in product(
+        num_groups, every, overlap, order, grouping, solver, guidance
+    ):
+        too_many = sizes == "levels" and g > num_levels and "equal" in grouping
+        if too_many or (g > 1 and s not in steps):
             continue
-        config = DecodeConfig(num_groups=g, overlap=o, steps=s, order=way, solver=rule, guidance=w)
-        stagger = config.schedule(num_tokens=num_tokens).stagger
+        config = DecodeConfig(
+            num_groups=g,
+            overlap=o,
+            steps=s,
+            order=way,
+            grouping=sizes,
+            solver=rule,
+            guidance=w,
+        )
+        stagger = config.schedule(layout).stagger
         if g == 1:  # a single group has neither overlap nor order
-            config, stagger = replace(config, overlap=0.0, order=order[0]), 0
-        found.setdefault((g, stagger, s, config.order, rule, w), config)
+            config = replace(config, overlap=0.0, order=order[0], grouping="equal")
+            stagger = 0
+        found.setdefault((g, stagger, s, config.order, config.grouping, rule, w), config)
     return list(found.values())
 
 
@@ -325,7 +342,7 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
     steps = _values(swept, "steps", whole_number)
     joint = _values(swept, "joint_steps", whole_number, default=[], empty=True)
     configs = grid(
-        layout.num_tokens,
+        layout,
         num_groups=num_groups,
         overlap=_values(swept, "overlap", partial(finite_number, minimum=0, maximum=1)),
         steps=steps,
@@ -333,6 +350,7 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         order=_values(
             swept, "order", partial(_order, coords=layout.coords), default=[training.orders[0]]
         ),
+        grouping=_values(swept, "grouping", check_grouping, default=list(training.grouping)),
         solver=[solvers[name] for name in names],
         guidance=guidance,
     )
@@ -546,7 +564,7 @@ def _training_data(cfg: DictConfig) -> dict[str, Any]:
 
 def _matched(sweep: _Sweep, evaluator: Evaluator, *, folder: Path) -> list[DecodeConfig]:
     decoder = evaluator.decoder
-    num_tokens, causal = decoder.layout.num_tokens, decoder.backbone.causal
+    layout, causal = decoder.layout, decoder.backbone.causal
     if not evaluator.processes.is_main:
         return []
     if sweep.match == "seconds":
@@ -554,7 +572,7 @@ def _matched(sweep: _Sweep, evaluator: Evaluator, *, folder: Path) -> list[Decod
         timings = Timings(folder / TIMINGS, measure=_seconds(evaluator))
         return match_cost(sweep.configs, timings)
     which = 0 if sweep.match == "nfe" else 1
-    return match_cost(sweep.configs, lambda c: expected_cost(c, num_tokens, causal=causal)[which])
+    return match_cost(sweep.configs, lambda c: expected_cost(c, layout, causal=causal)[which])
 
 
 def _seconds(evaluator: Evaluator) -> Callable[[DecodeConfig], tuple[float, float]]:
