@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rolldiff.diffusion.layout import MAX_TOKENS, Layout
 from rolldiff.errors import (
@@ -268,8 +269,9 @@ class TokenGrid(Condition):
 
     It is passed as `[B, h, w]` indices or `[B, h, w, C]` numbers; a low-resolution image
     `[B, C, h, w]` is passed as `image.movedim(1, -1)`. An image token depends only on the cells
-    under it. A group therefore needs the cells down to its own lowest row and no others, and can be
-    decoded before the rest of the grid is known.
+    under it: of a coarse token, the mean over all that it covers. A group therefore needs the cells
+    down to its own lowest row and no others, and can be decoded before the rest of the grid is
+    known.
 
     Args:
         height: `h`, a multiple or a divisor of the image's height in tokens.
@@ -336,42 +338,88 @@ class TokenGrid(Condition):
 
 
 class GridEmbedder(Embedder):
-    """For each image token, a vector of the cells under it."""
+    """For each image token, a vector of the cells under it.
+
+    The cells under each place of the finest tokens become a vector. A token of one place has that
+    of its place, and a coarse token the mean over the places that it covers.
+    """
 
     index: Tensor
+    pooled: Tensor
+    last: Tensor
 
     def __init__(self, grid: TokenGrid, layout: Layout, width: int) -> None:
         super().__init__()
-        index = self._cells(grid, layout)
-        self.register_buffer("index", index, persistent=False)
+        self._place(grid, layout, device=None)
         self.tokens = _TokenEmbedding(grid.codebook_size, grid.channels, width)
-        self.join = nn.Linear(index.shape[1] * width, width) if index.shape[1] > 1 else None
+        cells = self.index.shape[1]
+        self.join = nn.Linear(cells * width, width) if cells > 1 else None
 
-    @staticmethod
-    def _cells(grid: TokenGrid, layout: Layout) -> Int[Tensor, "N cells"]:
-        row, column = layout.coords[:, 1].long(), layout.coords[:, 2].long()
-        rows = _cells_under(grid.height, row, "height")
-        columns = _cells_under(grid.width, column, "width")
-        # [N, cells per token]: all cells of the token's rows and columns.
-        if len(row) * rows.shape[1] * columns.shape[1] > 4 * MAX_TOKENS:
+    def _place(self, grid: TokenGrid, layout: Layout, *, device: torch.device | None) -> None:
+        """Which cells lie under which tokens.
+
+        `index` holds the cells under each place of the finest tokens. Tokens cover rectangles of
+        `extents` places; averages over these follow each other, those of the first extent first,
+        and `pooled` is where each token finds its own. `last` is the last cell under a token.
+        """
+        level, row, column = layout.coords.long().unbind(1)
+        sides = int(row.max()) + 1, int(column.max()) + 1
+        places = torch.arange(sides[0] * sides[1], device="cpu")
+        rows = _cells_under(grid.height, places // sides[1], "height")
+        columns = _cells_under(grid.width, places % sides[1], "width")
+        # [P, cells per place]: all cells of its rows and columns.
+        if len(places) * rows.shape[1] * columns.shape[1] > 4 * MAX_TOKENS:
             raise UsageError(
                 f"a grid must not be much larger than the image in tokens in one direction only, "
                 f"got {grid}"
             )
-        return (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
+        index = (rows[:, :, None] * grid.width + columns[:, None, :]).flatten(1)
+        pooled, last = torch.empty_like(row), torch.empty_like(row)
+        extents: dict[tuple[int, int], int] = {}  # and where their averages begin
+        count = 0
+        for here in (level == each for each in level.unique()):
+            down, right = (
+                _extent(start[here], side) for start, side in zip((row, column), sides, strict=True)
+            )
+            if (down, right) not in extents:
+                extents[down, right] = count
+                count += (sides[0] // down) * (sides[1] // right)
+            coarse = row[here] // down * (sides[1] // right) + column[here] // right
+            pooled[here] = extents[down, right] + coarse
+            corner = (row[here] + down - 1) * sides[1] + column[here] + right - 1
+            last[here] = index[corner].amax(1)
+        self.sides, self.extents = sides, tuple(extents)
+        self.in_order = torch.equal(pooled, places)
+        for name, value in (("index", index), ("pooled", pooled), ("last", last)):
+            self.register_buffer(
+                name, value if device is None else value.to(device), persistent=False
+            )
 
     def resized(self, condition: Condition, layout: Layout) -> "GridEmbedder":
         assert isinstance(condition, TokenGrid)
-        index = self._cells(condition, layout).to(self.index.device)
-        return _with_buffer(self, "index", index)
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other._place(condition, layout, device=self.index.device)
+        return other
 
     def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
-        h = self.tokens(cond).flatten(1, 2)[:, self.index]  # [C, N, cells, width]
+        h = self.tokens(cond).flatten(1, 2)[:, self.index]  # [C, P, cells, width]
         h = h.squeeze(2) if self.join is None else self.join(h.flatten(2))
+        if not self.in_order:
+            h = h.mT.unflatten(2, self.sides)  # [C, width, rows, columns]
+            means = [F.avg_pool2d(h, extent).flatten(2) for extent in self.extents]
+            h = torch.cat(means, dim=2).mT[:, self.pooled]
         return embedded._replace(tokens=h if embedded.tokens is None else embedded.tokens + h)
 
     def required_prefix(self) -> Int[Tensor, " N"]:
-        return self.index.amax(1) + 1
+        return self.last + 1
+
+
+def _extent(start: Int[Tensor, " n"], side: int) -> int:
+    """How many places the tokens of a level cover, if they tile all `side` of them; otherwise 1."""
+    starts = start.unique()
+    extent = side // len(starts)
+    return extent if torch.equal(starts, torch.arange(0, side, extent, device="cpu")) else 1
 
 
 def _cells_under(size: int, place: Int[Tensor, " N"], name: str) -> Int[Tensor, "N cells"]:

@@ -20,10 +20,12 @@ from rolldiff import (
     Haar,
     Heun,
     Patches,
+    TokenGrid,
     Training,
     Transformer,
 )
 from rolldiff.cli import main
+from rolldiff.conditioning import Embedded
 from rolldiff.diffusion.layout import highest, touched
 from rolldiff.editing import group_mask
 from rolldiff.errors import UsageError
@@ -432,3 +434,52 @@ def test_a_decoder_of_scales_is_saved_and_read(number, tmp_path):
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(UsageError, match=message.replace("^", r"\^")):
         make()
+
+
+def test_a_coarse_token_is_given_the_mean_of_the_cells_that_it_covers():
+    layout = Haar((8, 16), channels=1, levels=2, patch=2)  # one coarse row of two tokens
+    for sides, per_place in (((2, 4), 1), ((4, 8), 2), ((1, 2), 1)):
+        grid = TokenGrid(*sides, channels=3)
+        embedder = grid.embedder(layout, width=5, modulation=4).double()
+        generator = torch.Generator().manual_seed(0)
+        value = torch.randn(2, *sides, 3, generator=generator, dtype=torch.float64)
+        seen = embedder(grid.validate(value, 2, torch.device("cpu")), Embedded(torch.zeros(())))
+        assert seen.tokens.shape == (2, 32, 5)
+        places = embedder.tokens(grid.validate(value, 2, torch.device("cpu")))
+        if per_place == 2:
+            cells = places.unflatten(1, (2, 2)).unflatten(3, (4, 2)).transpose(2, 3)
+            places = embedder.join(cells.flatten(3))
+        places = places.repeat_interleave(2 // min(2, sides[0]), 1)
+        places = places.repeat_interleave(4 // min(4, sides[1]), 2)  # [2, 2, 4, 5]
+        for n, (level, row, column) in enumerate(layout.coords.long().tolist()):
+            side = 2 if level < 2 else 1
+            under = places[:, row : row + side, column : column + side]
+            torch.testing.assert_close(seen.tokens[:, n], under.mean((1, 2)))
+        # Streaming waits for the last cell under a token.
+        needs = embedder.required_prefix()
+        coarse = sides[0] * sides[1] - sides[1] // 2
+        assert needs[:2].tolist() == [coarse, coarse + sides[1] // 2]
+
+
+def test_a_coarse_image_waits_for_all_cells_under_it():
+    layout, grid = Haar(8, channels=1, levels=2, patch=2), TokenGrid(4, 4, channels=3)
+    torch.manual_seed(0)
+    backbone = Transformer(layout, width=16, depth=1, heads=2, condition=grid)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    decoder = Decoder(layout, backbone, training=Training((1, 3), grouping="levels")).double()
+    cells = torch.randn(1, 4, 4, 3, dtype=torch.float64)
+    ask = {"num_groups": 3, "grouping": "levels", "steps": 2, "seed": 0, "num_images": 1}
+    whole = decoder.decode(cells, **ask).image
+    pieces = iter(cells.flatten(1, 2).split(4, dim=1))
+    frames = decoder.stream(pieces, preview=False, **ask)
+    next(frames)
+    assert next(pieces, None) is None  # the coarse token has read all of them
+    *_, last = frames
+    assert torch.equal(last.image, whole)
+    other = cells.clone()
+    other[0, 3, 3] += 1
+    coarse = [
+        torch.nn.functional.avg_pool2d(decoder.decode(c, **ask).image, 4) for c in (cells, other)
+    ]
+    assert not torch.allclose(*coarse)

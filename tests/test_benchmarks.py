@@ -22,6 +22,7 @@ import engine_loops  # noqa: E402
 import engine_results  # noqa: E402
 import engine_rounds  # noqa: E402
 import grouping  # noqa: E402
+import height  # noqa: E402
 import likelihood_cost  # noqa: E402
 import peers  # noqa: E402
 import training_step  # noqa: E402
@@ -79,6 +80,26 @@ def test_the_card_of_the_engine_runs(tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(written[key]) for key in TARGETS)
     grouped = [row for row in written["table"] if row["cache"] and row["overlap"] == 0]
     assert [row["nfe"] for row in grouped] == [2 * row["num_groups"] for row in grouped]
+
+
+@pytest.mark.slow
+def test_the_card_of_heights_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["height.py", "--quick", "--out", str(out)])
+    height.main()
+    written = json.loads(out.read_text())
+    assert height.readable(written, written["spread"]) in capsys.readouterr().out
+    assert all(math.isfinite(written[key]) for key in height.TARGETS)
+    # Rows of the window and two groups: 6 rows of 4 tokens, keys and values of 24 numbers, twice.
+    assert written["cache_megabytes_32"] == written["cache_megabytes_16"]
+    assert written["cache_megabytes_32"] == pytest.approx(6 * 4 * 2 * 24 * 2 * 4 / 1e6)
+
+
+def test_the_page_of_photographs_holds_the_figures_of_heights():
+    found = json.loads((ROOT / "benchmarks/results/height-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "benchmarks/photos/README.md").read_text(encoding="utf-8")
+    assert height.readable(found, found["spread"]) in page
+    assert found["sizes"]["rows"] == list(height.Sizes().rows), "not the quick one"
 
 
 @pytest.mark.slow
