@@ -47,6 +47,7 @@ from faults_runs import command_lines, run_configs
 from safetensors.torch import save_file
 
 from rolldiff import (
+    DCT,
     DDIM,
     ClassLabels,
     Cosine,
@@ -55,6 +56,7 @@ from rolldiff import (
     Euler,
     GroupSchedule,
     Guidance,
+    Haar,
     Heun,
     LikelihoodConfig,
     Patches,
@@ -124,12 +126,23 @@ def arguments(context: Context) -> Iterator[Case]:
         "GroupSchedule(num_known)": (lambda v: GroupSchedule(num_tokens=9, num_known=v), 0, 8),
         "Patches(image_size)": (lambda v: Patches((v, 8), channels=1), 1, 2**17),
         "Patches(channels)": (lambda v: Patches(4, channels=v), 1, 2**27 - 1),
+        "Haar(channels)": (lambda v: Haar(4, channels=v), 1, INF),
+        "Haar(levels)": (lambda v: Haar(8, levels=v), 1, 3),
+        "Haar(patch)": (lambda v: Haar(84, levels=1, patch=v), 1, 7),
+        "DCT(block)": (lambda v: DCT(84, block=v), 1, 7),
+        "DCT(patch)": (lambda v: DCT(84, block=2, patch=v), 1, 7),
         "ClassLabels": (ClassLabels, 0, 2**24),
         "TokenGrid(height)": (lambda v: TokenGrid(v, 1, channels=2), 1, 2**20),
         "TokenGrid(width)": (lambda v: TokenGrid(1, v, channels=2), 1, 2**20),
         "TokenGrid(codebook_size)": (lambda v: TokenGrid(2, 2, codebook_size=v), 1, 2**24),
         "TokenGrid(channels)": (lambda v: TokenGrid(2, 2, channels=v), 1, 2**24),
         "TokenSequence(length)": (lambda v: TokenSequence(v, channels=2), 1, 2**20),
+        "TokenSequence(ahead)": (lambda v: TokenSequence(2, channels=2, ahead=v), 0, 2**20),
+        "TokenSequence(everywhere)": (
+            lambda v: TokenSequence(3, channels=2, ahead=0, everywhere=v),
+            0,
+            3,
+        ),
         "Transformer(depth)": (lambda v: Transformer(layout, width=16, heads=1, depth=v), 1, 1000),
         "Transformer(width)": (lambda v: Transformer(layout, width=v, heads=1), 4, 0),
         "Transformer(window)": (
@@ -180,6 +193,7 @@ def arguments(context: Context) -> Iterator[Case]:
     }
     # None stands for a default here.
     optional = {"PerSampleNoise(seed)", "decode(num_images)", "stream(frames)"}
+    optional |= {"TokenSequence(ahead)"}
     optional |= {"Transformer(window)", "LikelihoodConfig(tolerance)", "LikelihoodConfig(t_min)"}
     for name, (call, low, high) in whole.items():
         for value, number in VALUES:
@@ -237,6 +251,7 @@ def arguments(context: Context) -> Iterator[Case]:
         "decode(config)": (lambda v: decoder.decode([0], v, steps=1), is_none),
         "decode(dtype)": (lambda v: decoder.decode([0], dtype=v, **ask), is_none),
         "decode(order)": (lambda v: decoder.decode([0], order=v, **ask), is_nothing),
+        "decode(grouping)": (lambda v: decoder.decode([0], grouping=v, **ask), is_text("equal")),
         "decode(solver)": (lambda v: decoder.decode([0], solver=v, **ask), is_nothing),
         "decode(noise)": (lambda v: decoder.decode(noise=v, **ask), is_none),
         "decode(image)": (lambda v: decoder.decode(image=v, mask=mask, **ask), is_nothing),
@@ -264,6 +279,7 @@ def arguments(context: Context) -> Iterator[Case]:
         ),
         "Training(num_groups)": (lambda v: Training(num_groups=v), is_numbers),
         "Training(orders)": (lambda v: Training(orders=v), is_nothing),
+        "Training(grouping)": (lambda v: Training(grouping=v), is_text("equal")),
         "Training(density)": (lambda v: Training(density=v), is_nothing),
         "from_pretrained": (Decoder.from_pretrained, is_nothing),
         "read_checkpoint": (lambda v: read_checkpoint(v, Decoder), is_nothing),

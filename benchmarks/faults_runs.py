@@ -17,9 +17,12 @@ import yaml
 from faults_cases import Case, Context, paths, removed, replaced, tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 
+from rolldiff import TokenGrid
 from rolldiff.cli import config_dir, main
 from rolldiff.errors import UsageError
+from rolldiff.tokenizer import Encoder, Tokenizer
 from rolldiff.trust import TARGETS, read_run_config
 
 TINY = [
@@ -162,6 +165,10 @@ def command_lines(context: Context) -> Iterator[Case]:
     """Settings of every command with values that do not suit them, and malformed words."""
     folder = context.path()
     tiny(num_classes=10).save_pretrained(folder / "run")
+    encoder = Encoder(8, in_channels=1, factor=4, channels=1, width=4, depth=1, local=True)
+    decoder = tiny(num_classes=0, condition=TokenGrid(2, 2, channels=1), window=2)
+    Tokenizer(encoder, decoder, levels=[5]).save_pretrained(folder / "tokens")
+    Image.new("L", (10, 7), 90).save(folder / "picture.png")
     base = {
         "train": TINY,
         "decode": [f"ckpt={folder / 'run'}", "steps=1", "num_images=2"],
@@ -173,6 +180,10 @@ def command_lines(context: Context) -> Iterator[Case]:
         "likelihood": [
             f"ckpt={folder / 'run'}", "data=digits", "likelihood.levels=17", "images=4",
             "likelihood.samples=2", "num_groups=[1,2]",
+        ],
+        "reconstruct": [
+            f"ckpt={folder / 'tokens'}", f"image={folder / 'picture.png'}", "num_groups=2",
+            "steps=2", "frames=2",
         ],
     }  # fmt: skip
 
