@@ -104,11 +104,20 @@ def measure_growth(results: Results, sizes: Sizes, models: Models) -> None:
     for rows in sizes.rows:
         results.put(f"seconds_{rows * sizes.patch}", rounds[f"{rows}"])
     logs = [math.log(rows) for rows in sizes.rows]
+    middle, tall = sizes.rows[len(sizes.rows) // 2], sizes.rows[-1]
     slopes = []
     for i in range(sizes.rounds):
         seconds = [math.log(rounds[f"{rows}"][i]) for rows in sizes.rows]
         slopes.append(statistics.linear_regression(logs, seconds).slope)
     results.put("growth", slopes)
+    # The lowest images are no higher than the window, so that their tokens see fewer others.
+    results.put(
+        "seconds_per_row_tallest_over_middle",
+        [
+            rounds[f"{tall}"][i] / tall / (rounds[f"{middle}"][i] / middle)
+            for i in range(sizes.rounds)
+        ],
+    )
 
 
 def measure_cache(results: Results, sizes: Sizes, models: Models) -> None:
@@ -123,18 +132,28 @@ def measure_cache(results: Results, sizes: Sizes, models: Models) -> None:
 
 
 def measure_first_row(results: Results, sizes: Sizes, models: Models) -> None:
-    """Seconds until a frame shows the first row of pixels as final."""
+    """Seconds until the first row is final, and until a frame, a whole image, shows it."""
 
-    def first_row(rows: int) -> None:
+    def finished(rows: int) -> None:
+        run = models[rows].prepare(None, config(rows, sizes), seed=0)
+        next(state for state in run.states() if state.finished)
+
+    def shown(rows: int) -> None:
         frames = models[rows].stream(None, config(rows, sizes), seed=0, preview=False)
         next(frame for frame in frames if frame.finished[0].all())
 
-    cases: Cases = {f"{rows}": lambda rows=rows: first_row(rows) for rows in sizes.first_row}
-    rounds = results.watch.time_rounds(cases, 4 * sizes.rounds, device=CPU)
-    low, high = (f"{rows}" for rows in sizes.first_row)
-    for rows in sizes.first_row:
-        results.put(f"first_row_seconds_{rows * sizes.patch}", rounds[f"{rows}"])
-    results.ratio("first_row_tallest_over_lower", rounds, high, low)
+    cases: Cases = {
+        f"{call.__name__} {rows}": lambda rows=rows, call=call: call(rows)
+        for rows in sizes.first_row
+        for call in (finished, shown)
+    }
+    with torch.inference_mode():
+        rounds = results.watch.time_rounds(cases, 4 * sizes.rounds, device=CPU)
+    low, high = sizes.first_row
+    for name, case in (("first_row", "finished"), ("first_row_in_a_frame", "shown")):
+        for rows in sizes.first_row:
+            results.put(f"{name}_seconds_{rows * sizes.patch}", rounds[f"{case} {rows}"])
+        results.ratio(f"{name}_tallest_over_lower", rounds, f"{case} {high}", f"{case} {low}")
 
 
 def measure_squares(results: Results, sizes: Sizes) -> None:

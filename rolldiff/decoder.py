@@ -778,7 +778,9 @@ class Decoder(Pretrained):
                 phrases.append(f"{without} ({_NO_NULL})")
         if trained.drop_cond == 1 and conditions:
             phrases.append("cond (trained: drop_cond=1, always without)")
-        if config.num_groups not in trained.num_groups:
+        # An image of another size has other counts; what a token sees of them is near it.
+        resized = self._groups is None and max(trained.num_groups) > 1
+        if config.num_groups not in trained.num_groups and not resized:
             counts = sorted(set(trained.num_groups))
             phrases.append(f"num_groups {config.num_groups} (trained: {_list(counts)})")
         if config.num_groups > 1 and config.order not in trained.orders:
@@ -1014,16 +1016,28 @@ class DecodeRun:
 
     def image(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         """Tokens in decode order as images, with the known pixels of an inpainted image."""
-        image = self.decoder.layout.image(tokens[:, self.order.argsort()])
+        # A copy of all pixels for every frame would be the larger part of a tall image's first row.
+        raster = tokens if self._in_order else tokens[:, self._raster]
+        image = self.decoder.layout.image(raster)
         if self.inpainted is not None:
             known, mask = self.inpainted
             image = torch.where(mask, image, known)
         return image
 
     @cached_property
+    def _raster(self) -> Int[Tensor, " N"]:
+        """For each raster token, its place in the decode order."""
+        return self.order.argsort()
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether tokens are decoded in raster order."""
+        return torch.equal(self._raster, torch.arange(len(self.order), device=self.order.device))
+
+    @cached_property
     def last(self) -> Int[Tensor, "H W"]:
         """For each pixel, the last of the tokens that it depends on."""
-        return highest(self.decoder.layout, self.order.argsort())
+        return highest(self.decoder.layout, self._raster)
 
     def finished(self, state: State) -> Bool[Tensor, "H W"]:
         """Where pixels are final."""

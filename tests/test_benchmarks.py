@@ -100,6 +100,11 @@ def test_the_page_of_photographs_holds_the_figures_of_heights():
     page = (ROOT / "benchmarks/photos/README.md").read_text(encoding="utf-8")
     assert height.readable(found, found["spread"]) in page
     assert found["sizes"]["rows"] == list(height.Sizes().rows), "not the quick one"
+    run = json.loads((ROOT / "benchmarks/photos/summary.json").read_text(encoding="utf-8"))
+    psnr, distance = ([run[name][g] for g in ("1", "12")] for name in ("psnr", "fd_pixels"))
+    assert "| PSNR (dB) | {:.2f} | {:.2f} |".format(*psnr) in page
+    assert f"| {distance[0]:.0f} | {distance[1]:.0f} |" in page
+    assert f"{run['bits_per_pixel']:.3f} bits per pixel" in page
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ def test_commands_are_known():
         "rolldiff bench ckpt=RUN",
         "rolldiff train -m ",
         "rolldiff train data=folder ",
+        "rolldiff train experiment=photo_tokenizer ",
+        "rolldiff reconstruct ",
         *CHAIN,
     )
     assert COMMANDS
@@ -66,6 +68,23 @@ def test_chain_commands(tmp_path):
         done = rolldiff(*command.split()[1:], *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "stream.gif").stat().st_size
+
+
+@pytest.mark.slow
+def test_photo_commands(tmp_path):
+    pytest.importorskip("skimage")
+    Image.new("RGB", (200, 130), "orange").save(tmp_path / "FILE", "PNG")
+    (train,) = (c for c in COMMANDS if c.startswith("rolldiff train experiment=photo_tokenizer"))
+    (show,) = (c for c in COMMANDS if c.startswith("rolldiff reconstruct"))
+    short = ["max_steps=2", "batch_size=4", "report.samples=4", "data.crops=200", "nn.depth=1"]
+    done = rolldiff(*train.split()[1:], *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = rolldiff(*show.split()[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "beyond" not in done.stderr  # the printed settings are those of the training
+    assert "200 x 130 pixels" in done.stdout
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.size, film.n_frames) == ((200, 130), 5)
 
 
 @pytest.mark.slow

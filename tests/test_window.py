@@ -189,6 +189,14 @@ def test_images_of_any_size_from_the_command_line(tmp_path, capsys):
         assert "image_size must be" in capsys.readouterr().err
 
 
+def test_another_size_may_have_other_numbers_of_groups():
+    decoder = local((4, 6))
+    assert decoder.unseen(DecodeConfig(num_groups=7)) == ["num_groups 7 (trained: 1, 2, 3, 5, 10)"]
+    assert not decoder.resized((14, 6)).unseen(DecodeConfig(num_groups=7))
+    decoder.training_distribution = Training((1,))
+    assert decoder.resized((14, 6)).unseen(DecodeConfig(num_groups=7))
+
+
 @pytest.mark.filterwarnings("ignore:decoding beyond")
 def test_a_preview_leaves_the_cache_as_it_is():
     decoder = local(8)
