@@ -375,11 +375,14 @@ def test_a_training_on_levels_from_the_command_line(tmp_path, capsys):
     run = tmp_path / "run"
     ask = ["layout=haar", "training.num_groups=[1,3]", "training.grouping=[levels]", "nn.width=8"]
     ask += ["nn.depth=1", "nn.heads=1", "batch_size=8", "progress=false", "report.samples=8"]
-    ask += ["report.steps=1", "data.held_out=0.1", f"run_dir={run}", "callbacks.samples=null"]
-    main(["train", *ask, "max_steps=2"])
+    ask += ["report.steps=1", "data.held_out=0.1", f"run_dir={run}"]
+    main(["train", *ask, "max_steps=2", "trainer.val_check_interval=2"])
     values = json.loads((run / "summary.json").read_text())["fd_pixels"]
     assert list(values) == ["1", "3"]
-    assert "num_groups=3 grouping=levels overlap=0.5" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "num_groups=3 grouping=levels overlap=0.5" in printed.out
+    assert "beyond" not in printed.err
+    assert list((run / "samples").iterdir())
     out = tmp_path / "coarse.gif"
     main(["decode", f"ckpt={run}", "num_groups=3", "grouping=levels", "steps=1", f"out={out}"])
     assert out.exists()

@@ -69,9 +69,15 @@ class SampleGrid(Callback):
         decoder = cast(LitDecoder, pl_module).model
         classes = decoder.conditioning.num_classes
         cond = torch.arange(self.count) % classes if classes else None
+        grouping = decoder.training_distribution.grouping[0]
         page = {
             f"num_groups {groups}": decoder.decode(
-                cond, num_images=self.count, num_groups=groups, steps=self.steps, seed=0
+                cond,
+                num_images=self.count,
+                num_groups=groups,
+                grouping=grouping,
+                steps=self.steps,
+                seed=0,
             ).image
             for groups in self.num_groups
         }
