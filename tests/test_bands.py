@@ -132,7 +132,6 @@ def test_which_pixels_depend_on_which_tokens(layout):
     [
         {"num_groups": 1},
         {"num_groups": 4, "order": "random:0"},
-        {"num_groups": 4, "overlap": 0.5},
         {"num_groups": 3, "grouping": "levels"},
         {"num_groups": 2, "grouping": "levels", "overlap": 0.5},
     ],
@@ -371,6 +370,7 @@ def test_every_setting_of_levels_once():
         grid(layout, **ask, grouping=["levels"])
 
 
+@pytest.mark.slow
 def test_a_training_on_levels_from_the_command_line(tmp_path, capsys):
     run = tmp_path / "run"
     ask = ["layout=haar", "training.num_groups=[1,3]", "training.grouping=[levels]", "nn.width=8"]

@@ -643,6 +643,7 @@ def without(key):
 WRONG = [None, True, "", "x\ny", [], {}, [[]], -1, 0.5, math.nan, math.inf, 10**400, "1", [1.5]]
 
 
+@pytest.mark.slow
 def test_no_value_of_a_wrong_type_is_read(whole, tmp_path):
     """Every key of a line with values that it cannot have."""
     record = json.loads(lines(whole)[1])

@@ -207,6 +207,7 @@ def test_a_training_step_is_timed(capsys):
     assert capsys.readouterr().out.count("of a plain DiT") == 2
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_likelihood_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["likelihood_cost.py", "--quick"])
     likelihood_cost.main()

@@ -60,6 +60,7 @@ def test_the_ode_is_the_density_at_every_setting(settings):
 
 
 @pytest.mark.parametrize("settings", SOME, ids=str)
+@pytest.mark.slow
 def test_the_ode_is_the_density_with_another_noise(settings):
     the_ode_is_the_density(settings, Cosine(shift=2.0))
 
@@ -202,6 +203,7 @@ def test_importance_samples_are_a_mean_of_probabilities():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_the_discretised_bound_loses_of_a_smooth_density():
     # The noise of one sixth of a level has less entropy than the level's cell by this.
     loss = math.log(6) - math.log(2 * math.pi * math.e) / 2
