@@ -947,21 +947,28 @@ def test_the_page_of_fashion_mnist_holds_what_is_printed(metric, monkeypatch, ca
     assert capsys.readouterr().out in page
 
 
-def test_the_page_of_windows_holds_what_is_printed(monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "count"), [("windows", 6), ("scales", 2)])
+def test_the_pages_of_trainings_hold_what_is_printed(name, count, monkeypatch, capsys):
     folder = Path(__file__).parents[1] / "benchmarks"
-    page = (folder / "digits/windows.md").read_text(encoding="utf-8")
+    where = folder / "digits" / name
+    page = where.with_suffix(".md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| (fd_\w+) \| (.*) \|$", page, re.MULTILINE)
-    assert len(tables) >= 6
+    assert len(tables) >= count
     for metric, heads in tables:
         columns = []
-        for name in heads.split(" | "):
-            base, _, _ = name.partition(" (two seeds)")
-            files = [base, f"{base}_seed_1"] if name != base else [base]
-            paths = (str(folder / "digits/windows" / f"{file}.jsonl") for file in files)
-            columns.append(f"{name}=" + ",".join(paths))
+        for column in heads.split(" | "):
+            base, _, _ = column.partition(" (two seeds)")
+            files = [base, f"{base}_seed_1"] if column != base else [base]
+            paths = (str(where / f"{file}.jsonl") for file in files)
+            columns.append(f"{column}=" + ",".join(paths))
         monkeypatch.setattr(sys, "argv", ["compare.py", "--all", metric, *columns])
         runpy.run_path(str(folder / "compare.py"), run_name="__main__")
         assert capsys.readouterr().out.replace(", 16 steps", "") in page, heads
+
+
+def test_the_readme_holds_figures_of_the_page_of_windows():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    page = (folder / "digits/windows.md").read_text(encoding="utf-8")
     readme = (folder.parent / "README.md").read_text(encoding="utf-8")
     results = readme.partition("## Results on digits")[2].partition("\n## ")[0]
     figures = re.findall(r"\d\.\d{3} ± \d\.\d{3}", results)
