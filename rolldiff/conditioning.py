@@ -397,8 +397,7 @@ class GridEmbedder(Embedder):
 
     def resized(self, condition: Condition, layout: Layout) -> "GridEmbedder":
         assert isinstance(condition, TokenGrid)
-        other = copy.copy(self)
-        other._buffers = dict(self._buffers)
+        other = _with_own_buffers(self)
         other._place(condition, layout, device=self.index.device)
         return other
 
@@ -538,7 +537,9 @@ class SequenceEmbedder(Embedder):
     def resized(self, condition: Condition, layout: Layout) -> "SequenceEmbedder":
         assert isinstance(condition, TokenSequence)
         prefix = self._prefix(condition, layout).to(self.prefix.device)
-        return _with_buffer(self, "prefix", prefix)
+        other = _with_own_buffers(self)
+        other.register_buffer("prefix", prefix, persistent=False)
+        return other
 
     def forward(self, cond: Masked, embedded: Embedded) -> Embedded:
         sequence = self.tokens(cond) + self.pos_embed
@@ -562,10 +563,10 @@ class SequenceEmbedder(Embedder):
 _E = TypeVar("_E", bound=Embedder)
 
 
-def _with_buffer(embedder: _E, name: str, value: Tensor) -> _E:
-    """An embedder with the same weights and another buffer."""
+def _with_own_buffers(embedder: _E) -> _E:
+    """An embedder with the same weights, whose buffers can be replaced."""
     other = copy.copy(embedder)
-    other._buffers = embedder._buffers | {name: value}
+    other._buffers = dict(embedder._buffers)
     return other
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "check_grouping",
     "check_order",
     "decode_order",
+    "groupings_of",
     "level_groups",
 ]
 
@@ -162,6 +163,17 @@ def check_grouping(grouping: Any, name: str = "grouping") -> Grouping:
         if isinstance(grouping, str) and grouping == each:
             return each
     raise UsageError(f"{name} must be one of {', '.join(known)}, got {shown(grouping)}")
+
+
+def groupings_of(
+    num_groups: int, grouping: Sequence[Grouping], *, num_levels: int
+) -> tuple[Grouping, ...]:
+    """The ways of grouping that a group count has.
+
+    Where both are asked for, a single group, and more groups than levels, are `equal` alone.
+    """
+    one_way = "equal" in grouping and not 1 < num_groups <= num_levels
+    return ("equal",) if one_way else tuple(grouping)
 
 
 def level_groups(level: Float[Tensor, " N"], num_groups: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from rolldiff.diffusion.schedule import (
     check_grouping,
     check_order,
     decode_order,
+    groupings_of,
     level_groups,
 )
 from rolldiff.errors import (
@@ -258,8 +259,12 @@ class TrainingDistribution:
         """The group sizes of a count, those of each grouping that it fits; None for equal ones."""
         if "levels" not in self.grouping:
             return [None]
-        level, both = coords[:, 0], len(self.grouping) > 1
-        if both and not 1 < num_groups <= len(level.unique()):
+        level = coords[:, 0]
+        num_levels = len(level.unique())
+        ways = groupings_of(
+            num_groups, [check_grouping(each) for each in self.grouping], num_levels=num_levels
+        )
+        if "levels" not in ways:
             return [None]
         if any(not torch.equal(level[order], level[orders[0]]) for order in orders):
             raise UsageError(
@@ -267,7 +272,7 @@ class TrainingDistribution:
                 + shown(self.orders)
             )
         sizes = level_groups(level[orders[0]], num_groups)
-        return [None if grouping == "equal" else sizes for grouping in self.grouping]
+        return [None if grouping == "equal" else sizes for grouping in ways]
 
     def sample(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from rolldiff.data import Images
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import named_device
+from rolldiff.diffusion.schedule import groupings_of
 from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
 from rolldiff.evaluation.plots import groups_label
 from rolldiff.hub import read_checkpoint
@@ -172,9 +173,11 @@ def _configs(cfg: DictConfig, decoder: Decoder) -> list[DecodeConfig]:
             steps=cfg.steps,
             guidance=cfg.guidance,
         )
+        if grouping not in groupings_of(config.num_groups, groupings, num_levels=num_levels):
+            continue
         if config.num_groups == 1:  # has neither overlap nor order
             found.setdefault((1,), replace(config, grouping="equal"))
-        elif not (grouping == "levels" and count > num_levels and "equal" in groupings):
+        else:
             found[config.num_groups, config.overlap, config.order, grouping] = config
     return list(found.values())
 

@@ -28,7 +28,7 @@ from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.sampler import Solver
-from rolldiff.diffusion.schedule import Grouping, Order, check_grouping, decode_order
+from rolldiff.diffusion.schedule import Grouping, Order, check_grouping, decode_order, groupings_of
 from rolldiff.errors import UsageError, finite_number, instance, reason, warn_user, whole_number
 from rolldiff.evaluation.bits import SEEN, held_out
 from rolldiff.evaluation.features import (
@@ -171,8 +171,9 @@ def grid(
     for g, s, o, way, sizes, rule, w in product(
         num_groups, every, overlap, order, grouping, solver, guidance
     ):
-        too_many = sizes == "levels" and g > num_levels and "equal" in grouping
-        if too_many or (g > 1 and s not in steps):
+        if sizes not in groupings_of(g, grouping, num_levels=num_levels):
+            continue
+        if g > 1 and s not in steps:
             continue
         config = DecodeConfig(
             num_groups=g,
