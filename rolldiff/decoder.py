@@ -423,7 +423,9 @@ class Decoder(Pretrained):
     ) -> Float[Tensor, "B N D"]:
         """What the backbone predicts in training; a stream beside `x_t` could be shown `x`."""
         t = draw.t.to(x_t, non_blocking=True)
-        context = self.backbone.prepare(order, given, grouped=self._grouped)
+        # An order that all examples share makes one mask of a window for all.
+        places = order[0] if len(self.orders) == 1 else order
+        context = self.backbone.prepare(places, given, grouped=self._grouped)
         mask = draw.mask(x_t.device) if self.backbone.causal else None
         time = self.backbone.embed_time(t[:, :1] if draw.shared else t)
         return self.backbone(x_t, time, context, mask=mask)

@@ -263,6 +263,27 @@ def test_training_sees_what_decoding_sees():
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
 
 
+def test_examples_of_one_order_share_the_masks_of_their_slices(monkeypatch):
+    """A mask of all pairs for every example would be most of the memory of a training."""
+    decoder = local((8, 6)).float()
+    image = torch.rand(16, 1, 8, 6) * 2 - 1
+    losses, masks, made = [], [], Neighbourhood.mask
+
+    def watched(self, *args, **options):
+        masks.append(made(self, *args, **options))
+        return masks[-1]
+
+    monkeypatch.setattr(Neighbourhood, "mask", watched)
+    for orders in (["bottom_to_top"], ["bottom_to_top", "bottom_to_top"]):
+        training = Training([2, 4, 8], orders=orders)
+        trained = Decoder(decoder.layout, decoder.backbone, training=training)
+        generator = torch.Generator().manual_seed(0)
+        losses.append(trained.loss(image, generator=generator).item())
+    shared, single = masks
+    assert len(shared) < len(single) == 16
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_windowed_decoder_trains_and_keeps_its_window(tmp_path):
     decoder = local((6, 6), num_classes=3).float()
     image = torch.rand(8, 1, 6, 6) * 2 - 1
