@@ -1,4 +1,4 @@
-"""The command line: `rolldiff train | decode | generate | bench`, configured by Hydra.
+"""The command line: `rolldiff train | decode | serve | bench | …`, configured by Hydra.
 
 A command composes its configuration once and builds its parts once, before it writes anything.
 Flags such as `-m`, `--cfg` and `--help` are Hydra's own, and with them Hydra runs the command.
@@ -51,6 +51,7 @@ usage: rolldiff COMMAND [key=value ...]
   decode    decode images: rolldiff decode ckpt=RUN num_groups=4 overlap=0.5 out=images.png
   generate  generate codes and decode them: rolldiff generate prior=RUN tokenizer=RUN out=stream.gif
   reconstruct  a picture to codes and back: rolldiff reconstruct ckpt=RUN image=FILE out=film.gif
+  serve     a server and a page that shows decodings: rolldiff serve ckpt=RUN port=8000
   bench     measure quality against cost: rolldiff bench ckpt=RUN bench.steps=[4,8,16]
   likelihood  bits per dimension by groups: rolldiff likelihood ckpt=RUN num_groups=[1,4,16]
 
@@ -258,6 +259,40 @@ def reconstruct(cfg: DictConfig) -> None:
     )
 
 
+def serve(cfg: DictConfig) -> None:
+    """Serve a model over HTTP, in OpenAI's words and with a page, until it is told to stop."""
+    try:
+        from rolldiff.serving import Limits, Served, run
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"serve needs the extra `serve`, pip install 'rolldiff[serve]', and {error.name} is "
+            "missing"
+        ) from error
+    from rolldiff.tokenizer import Prior, Tokenizer
+
+    prior = None if cfg.prior is None else _load(cfg, "prior", Prior)
+    tokenizer = None if prior is None else _load(cfg, "ckpt", Tokenizer)
+    decoder = _load(cfg, "ckpt", Decoder) if tokenizer is None else tokenizer.decoder
+    if cfg.num_groups is None:  # the trained count of at most eight that shows most
+        trained = decoder.training_distribution.num_groups
+        cfg.num_groups = max((g for g in trained if g <= 8), default=min(trained))
+    served = Served(
+        decoder=decoder,
+        name=cfg.name,
+        prior=prior,
+        tokenizer=tokenizer,
+        prompts=_mapping(cfg, "prompts"),
+        config=instantiate(cfg.decode, _convert_="all"),
+    )
+    limits = Limits(**_mapping(cfg, "limits"))
+    if cfg.compile:
+        compile_in_place(decoder)
+    try:
+        run(served, limits, host=cfg.host, port=cfg.port, api_key=cfg.api_key)
+    except KeyboardInterrupt:
+        print("rolldiff: stopped")
+
+
 def bench(cfg: DictConfig) -> None:
     """Measure quality against cost, and print the path of the report."""
     from rolldiff.evaluation.sweep import bench as run
@@ -280,6 +315,7 @@ COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
     "decode": decode,
     "generate": generate,
     "reconstruct": reconstruct,
+    "serve": serve,
     "bench": bench,
     "likelihood": likelihood,
 }
@@ -292,6 +328,14 @@ def _load(cfg: DictConfig, name: str, cls: type[M]) -> M:
         raise UsageError(f"{name} must be a run folder or a checkpoint; add {name}=PATH")
     device = named_device(cfg.device)
     return read_checkpoint(path, cls, trusted=trusted_prefixes(cfg.trust)).to(device)
+
+
+def _mapping(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """The names and values of a setting."""
+    found = OmegaConf.to_object(cfg[name]) if OmegaConf.is_dict(cfg[name]) else None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UsageError(f"{name} must be names with values, as in {{a: 1}}, got {cfg[name]}")
+    return {str(key): value for key, value in found.items()}
 
 
 def _out(cfg: DictConfig, kinds: Sequence[str]) -> Path:

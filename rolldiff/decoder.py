@@ -9,7 +9,7 @@ the network computes in.
 import copy
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -464,7 +464,7 @@ class Decoder(Pretrained):
         *,
         num_images: int | None = None,
         image_size: int | Sequence[int] | None = None,
-        seed: int | torch.Generator | None = None,
+        seed: int | torch.Generator | PerSampleNoise | None = None,
         start_index: int = 0,
         image: Tensor | None = None,
         mask: Tensor | None = None,
@@ -484,7 +484,8 @@ class Decoder(Pretrained):
                 all; by default as many as the other arguments have.
             image_size: height and width in pixels, or one number for a square image, with a
                 backbone that has a window; None is the size of the training. See `resized`.
-            seed: a seed or a generator; image i gets the same noise alone and in any batch.
+            seed: a seed or a generator; image i gets the same noise alone and in any batch. Or the
+                `PerSampleNoise` of the images, for images of several seeds.
             start_index: index of the first image in the seed's sequence of images.
             image: `[B, C, H, W]`, for inpainting, together with `mask`; values about [-1, 1].
             mask: `[H, W]`, True where pixels are decoded; the other pixels are those of `image`,
@@ -684,7 +685,7 @@ class Decoder(Pretrained):
         *,
         num_images: int | None = None,
         image_size: int | Sequence[int] | None = None,
-        seed: int | torch.Generator | None = None,
+        seed: int | torch.Generator | PerSampleNoise | None = None,
         start_index: int = 0,
         image: Tensor | None = None,
         mask: Tensor | None = None,
@@ -717,10 +718,14 @@ class Decoder(Pretrained):
             warn_user(f"decoding beyond what this checkpoint was trained for: {phrase}")
         if noise is not None:
             noise = check_image(noise, self.layout, unbounded=True, name="noise")
-        batch = self._num_images(num_images, cond, image, noise)
+        seeded = seed if isinstance(seed, PerSampleNoise) else None
+        batch = self._num_images(num_images, cond, image, noise, seeded)
         streamed = StreamedConditions(self.conditioning, cond, batch=batch, device=self.device)
         # A pixel starts from the same noise whatever the order.
-        samples = PerSampleNoise(seed, batch, start_index=start_index)
+        if isinstance(seed, PerSampleNoise):
+            samples = seed
+        else:
+            samples = PerSampleNoise(seed, batch, start_index=start_index)
         if noise is None:
             x_1 = samples.normal(self.layout.num_tokens, self.layout.token_dim)
         else:
@@ -828,13 +833,13 @@ class Decoder(Pretrained):
             raise UsageError("mask must be True somewhere, got False everywhere")
         return image, ~touched(self.layout, mask).to(self.device)
 
-    def _num_images(self, num_images: int | None, cond: Any, *tensors: Tensor | None) -> int:
-        given = {len(tensor) for tensor in tensors if tensor is not None}
+    def _num_images(self, num_images: int | None, cond: Any, *parts: Sized | None) -> int:
+        given = {len(part) for part in parts if part is not None}
         if num_images is not None:
             given.add(whole_number(num_images, "num_images", maximum=MAX_IMAGES))
         if len(given) > 1:
             raise UsageError(
-                "num_images, image and noise must agree on the number of images, got "
+                "num_images, image, noise and seed must agree on the number of images, got "
                 f"{' and '.join(map(str, sorted(given)))}"
             )
         batch = next(iter(given), None)
@@ -935,16 +940,32 @@ class DecodeRun:
 
     def _frames(self, count: int, preview: bool) -> Iterator[Frame]:
         steps = self.schedule.num_steps
-        with self._mode():
-            states = self.states()
-        for i in range(steps + 1):
-            with self._mode(), self.autocast_context():
-                state = next(states)
+        for state in self.steps():
+            i = state.step
             # Frame number n shows the first step at which n / count of the decoding is done.
             if i > 0 and i * count // steps > (i - 1) * count // steps:
-                with torch.no_grad():
-                    image, finished = self.preview(state, waiting=preview), self.finished(state)
-                yield Frame(image, finished, 1 - i / steps, self.counter.nfe)
+                yield self.frame(state, preview=preview)
+
+    def steps(self) -> Iterator[State]:
+        """Run step by step, the initial state first; a caller may stop after any of them."""
+        with self._mode():
+            states = self.states()
+        for _ in range(self.schedule.num_steps + 1):
+            with self._mode(), self.autocast_context():
+                state = next(states)
+            yield state
+
+    def frame(self, state: State, *, preview: bool = True) -> Frame:
+        """What is seen of a state of `steps`, before the next step is made.
+
+        Args:
+            state: the last state.
+            preview: whether waiting tokens are shown as `E[x | x_t]`, for one more network call;
+                otherwise as 0, grey.
+        """
+        with torch.no_grad():  # tensors of the inference mode could not go into a loss
+            image, finished = self.preview(state, waiting=preview), self.finished(state)
+        return Frame(image, finished, 1 - state.step / self.schedule.num_steps, self.counter.nfe)
 
     @property
     def x_known(self) -> int:

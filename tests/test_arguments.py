@@ -294,7 +294,7 @@ def test_a_permutation_of_another_library(decoder, order):
         ("noise", {"noise": IMAGE.to(torch.float8_e4m3fn)}),
         ("noise", {"noise": IMAGE.to("meta")}),
         ("noise", {"noise": IMAGE.to_sparse()}),
-        ("num_images, image and noise", {"noise": IMAGE, "num_images": 3}),
+        ("num_images, image, noise and seed", {"noise": IMAGE, "num_images": 3}),
         ("guidance needs", {"guidance": 1.0, "cond": {}}),
     ],
 )

@@ -25,7 +25,7 @@ LEVELS = [
     ["editing", "tokenizer", "integrations"],
     ["data"],
     ["evaluation"],
-    ["training"],
+    ["serving", "training"],
     ["cli"],
 ]
 HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "torchmetrics", "matplotlib", "PIL", "sklearn"}

@@ -21,8 +21,10 @@ An error `dy` of the prediction keeps `alpha dx + sigma deps = 0`. In the space 
 prediction `z` it is therefore `(det_z / det_y) dy`: the space of the loss is only a weight.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -303,6 +305,16 @@ class PerSampleNoise:
             seed_sequence(seed, start + i).generate_state(1, np.uint64)[0] for i in range(batch)
         )
         self._generators = [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in states]
+
+    @classmethod
+    def joined(cls, parts: Iterable["PerSampleNoise"]) -> "PerSampleNoise":
+        """The samples of several seeds in one batch; `seed` is that of the first."""
+        joined = copy.copy((parts := list(parts))[0])
+        joined._generators = [generator for part in parts for generator in part._generators]
+        return joined
+
+    def __len__(self) -> int:
+        return len(self._generators)
 
     def normal(self, *shape: int) -> Tensor:
         """Unit noise `[batch, *shape]` in float32 on the CPU."""

@@ -25,6 +25,7 @@ __all__ = [
     "save_images",
     "save_npz",
     "save_picture",
+    "to_bytes",
     "to_picture",
 ]
 
@@ -44,14 +45,14 @@ def make_grid(
     count, _, height, _ = image.shape
     columns = columns or max(1, round(count**0.5))
     scale = scale or max(1, 48 // height)
-    tiles = _to_bytes(image).repeat(scale, 1).repeat(scale, 2)
+    tiles = to_bytes(image).repeat(scale, 1).repeat(scale, 2)
     tiles = np.pad(tiles, ((0, -count % columns), (2, 2), (2, 2), (0, 0)), constant_values=255)
     return Image.fromarray(rearrange(tiles, "(r c) h w k -> (r h) (c w) k", c=columns))
 
 
 def to_picture(image: Float[Tensor, "1 C H W"]) -> Image.Image:
     """A single image as it is, without a border."""
-    return Image.fromarray(_to_bytes(image)[0])
+    return Image.fromarray(to_bytes(image)[0])
 
 
 def labelled_rows(images: Mapping[str, Float[Tensor, "B C H W"]]) -> Image.Image:
@@ -164,10 +165,10 @@ def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> in
 def _finite_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
     if not all_finite(image):
         raise UsageError("image must be finite, got pixels that are not")
-    return _to_bytes(image)
+    return to_bytes(image)
 
 
-def _to_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
+def to_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
     """Values in [-1, 1] as bytes `[B, H, W, 3]`."""
     byte = ((image.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return byte.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rolldiff.decoder import DecodeConfig, Frame
+from rolldiff.decoder import DecodeConfig, DecodeRun, Frame
 from rolldiff.diffusion.process import MAX_IMAGES, MAX_SEED
 from rolldiff.errors import UsageError, boolean, finite_number, instance, whole_number
 from rolldiff.tokenizer.prior import Prior
@@ -108,6 +108,15 @@ class Generation:
             seed=self.seed,
             frames=frames,
             preview=preview,
+        )
+
+    def prepare(self) -> DecodeRun:
+        """The decoding of codes as they are generated; see `Decoder.prepare`."""
+        return self.tokenizer.decoder.prepare(
+            self.tokenizer.stream_latents(self.codes()),
+            self.config,
+            num_images=self.num_images,
+            seed=self.seed,
         )
 
     def images(self) -> Tensor:

@@ -1,0 +1,209 @@
+"""`Worker`: one thread that owns the model and decodes what is asked for.
+
+Requests of the same settings and size that wait when a decoding begins share its batch; each keeps
+its own seed, so that it gets the image that it would get alone, to rounding. A decoding stops
+within a step once all its clients have gone away.
+"""
+
+import logging
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from rolldiff.decoder import Frame
+from rolldiff.diffusion.sampler import State
+from rolldiff.errors import UsageError
+from rolldiff.evaluation.images import to_bytes
+from rolldiff.evaluation.metrics import all_finite
+from rolldiff.serving.model import Limits, Served
+from rolldiff.serving.wire import ImageRequest, Picture, RequestError
+
+__all__ = ["Job", "Worker"]
+
+log = logging.getLogger("rolldiff.serving")
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that waits or runs.
+
+    Attributes:
+        request: what it asks for.
+        emit: takes its frames, the last of them finished, or why there are none; called by the
+            worker.
+        cancelled: whether nobody waits for it any more.
+    """
+
+    request: ImageRequest
+    emit: Callable[[Picture | RequestError], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def kin(self) -> Hashable:
+        """Jobs of equal kin can share a batch; those of an edit share their order with no other."""
+        asked = self.request
+        if asked.image is not None:
+            return id(self)
+        return asked.config, asked.size, asked.label is None
+
+    def shows(self, step: int, num_steps: int) -> bool:
+        """Whether a frame is sent after a step."""
+        count = min(self.request.partial_images + 1, num_steps)
+        return step > 0 and step * count // num_steps > (step - 1) * count // num_steps
+
+
+class Worker:
+    """A queue and its thread.
+
+    Args:
+        served: the model, used by this thread alone.
+        limits: of the queue and of a batch.
+    """
+
+    def __init__(self, served: Served, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="rolldiff-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End within a step; what waits or runs is told so."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that wait and that run."""
+        with self._changed:
+            return len(self._waiting), len(self._running)
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue.
+
+        Raises:
+            RequestError: if the queue is full or the server ends.
+        """
+        with self._changed:
+            if self._stopping:
+                raise RequestError("the server is shutting down", status=503)
+            if len(self._waiting) + len(self._running) >= self.limits.requests:
+                raise RequestError(
+                    f"requests must be at most {self.limits.requests} at a time; try again later",
+                    status=429,
+                    code="rate_limit_exceeded",
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the job any more; one that has not begun frees its place."""
+        job.cancelled.set()
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._stopping:
+                    for job in self._waiting:
+                        job.emit(RequestError("the server is shutting down", status=503))
+                    return
+                jobs = self._running = self._next_batch()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # requests are told what was not trained
+                    self._decode(jobs)
+            except RequestError as refused:
+                _tell(jobs, refused)
+            except UsageError as error:
+                _tell(jobs, RequestError(str(error)))
+            except Exception:  # the next request may be fine
+                log.exception("a decoding failed")
+                _tell(
+                    jobs, RequestError("the decoding failed; the server's log says why", status=500)
+                )
+            finally:
+                with self._changed:
+                    self._running = []
+
+    def _next_batch(self) -> list[Job]:
+        """The first job, and those behind it that fit, in their order."""
+        first = self._waiting.popleft()
+        jobs, images = [first], first.request.n
+        if self.served.prior is not None:
+            return jobs
+        for job in list(self._waiting):
+            if job.kin == first.kin and images + job.request.n <= self.limits.batch:
+                self._waiting.remove(job)
+                jobs.append(job)
+                images += job.request.n
+        return jobs
+
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        asked = jobs[0].request
+        run = self.served.prepare(
+            [job.request.label for job in jobs],
+            asked.config,
+            seeds=[(job.request.seed, job.request.n) for job in jobs],
+            size=asked.size,
+            image=asked.image,
+            mask=asked.mask,
+        )
+        num_steps = run.schedule.num_steps
+        for state in run.steps():
+            if self._stopping:
+                raise RequestError("the server is shutting down", status=503)
+            alive = [job for job in jobs if not job.cancelled.is_set()]
+            if not alive:
+                return
+            due = [job for job in alive if job.shows(state.step, num_steps)]
+            if due:
+                frame = run.frame(state)
+                tokens = run.counter.tokens
+                self._show(jobs, due, frame, state, num_steps=num_steps, tokens=tokens)
+
+    def _show(
+        self,
+        jobs: Sequence[Job],
+        due: Sequence[Job],
+        frame: Frame,
+        state: State,
+        *,
+        num_steps: int,
+        tokens: int,
+    ) -> None:
+        if not all_finite(frame.image):
+            raise RequestError("the decoding gave pixels that are not finite", status=500)
+        pixels, finished = to_bytes(frame.image), frame.finished
+        rows = finished.all(dim=1).cpu()
+        facts = {
+            "tau": frame.tau,
+            "nfe": frame.nfe,
+            "step": state.step,
+            "finished_rows": int(rows.long().cumprod(0).sum()),
+            "finished": float(finished.float().mean()),
+        }
+        start = 0
+        for job in jobs:
+            stop = start + job.request.n
+            if job in due:
+                last = state.step == num_steps
+                job.emit(Picture(pixels[start:stop], facts, last, tokens))
+            start = stop
+
+
+def _tell(jobs: Sequence[Job], refused: RequestError) -> None:
+    for job in jobs:
+        job.emit(refused)
