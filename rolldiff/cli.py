@@ -16,9 +16,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import hydra
 import torch
@@ -39,6 +40,9 @@ from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
 from rolldiff.trust import RESUMABLE, trusted_prefixes
+
+if TYPE_CHECKING:  # importing it takes starlette
+    from rolldiff.serving import Served
 
 __all__ = ["config_dir", "main"]
 
@@ -262,21 +266,37 @@ def reconstruct(cfg: DictConfig) -> None:
 def serve(cfg: DictConfig) -> None:
     """Serve a model over HTTP, in OpenAI's words and with a page, until it is told to stop."""
     try:
-        from rolldiff.serving import Limits, Served, run
+        from rolldiff.serving import Limits, run
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serve needs the extra `serve`, pip install 'rolldiff[serve]', and {error.name} is "
             "missing"
         ) from error
+    limits = Limits(**_mapping(cfg, "limits"))
+    # OpenMP keeps a team of threads for every thread that has computed. With one of this thread
+    # beside that of the worker there would be more threads than cores, and a small network would
+    # be four times slower; so what loads the model ends before the worker begins.
+    with ThreadPoolExecutor(1) as loading:
+        served = loading.submit(_served, cfg).result()
+    try:
+        run(served, limits, host=cfg.host, port=cfg.port, api_key=cfg.api_key)
+    except KeyboardInterrupt:
+        print("rolldiff: stopped")
+
+
+def _served(cfg: DictConfig) -> "Served":
+    from rolldiff.serving import Served
     from rolldiff.tokenizer import Prior, Tokenizer
 
     prior = None if cfg.prior is None else _load(cfg, "prior", Prior)
     tokenizer = None if prior is None else _load(cfg, "ckpt", Tokenizer)
     decoder = _load(cfg, "ckpt", Decoder) if tokenizer is None else tokenizer.decoder
-    if cfg.num_groups is None:  # the trained count of at most eight that shows most
+    if cfg.num_groups is None:  # the largest trained number that still shows large groups
         trained = decoder.training_distribution.num_groups
         cfg.num_groups = max((g for g in trained if g <= 8), default=min(trained))
-    served = Served(
+    if cfg.compile:
+        compile_in_place(decoder)
+    return Served(
         decoder=decoder,
         name=cfg.name,
         prior=prior,
@@ -284,13 +304,6 @@ def serve(cfg: DictConfig) -> None:
         prompts=_mapping(cfg, "prompts"),
         config=instantiate(cfg.decode, _convert_="all"),
     )
-    limits = Limits(**_mapping(cfg, "limits"))
-    if cfg.compile:
-        compile_in_place(decoder)
-    try:
-        run(served, limits, host=cfg.host, port=cfg.port, api_key=cfg.api_key)
-    except KeyboardInterrupt:
-        print("rolldiff: stopped")
 
 
 def bench(cfg: DictConfig) -> None:

@@ -6,7 +6,10 @@ import io
 import json
 import queue
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,54 +19,16 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 from PIL import Image
+from servers import SIDE, random_decoder, random_tokenizer, running
 
-from rolldiff import ClassLabels, DecodeConfig, Decoder, TokenGrid, Training
+from rolldiff import DecodeConfig
 from rolldiff.cli import main
 from rolldiff.decoder import DecodeRun
 from rolldiff.errors import UsageError
 from rolldiff.evaluation.images import to_bytes
-from rolldiff.serving import Limits, Served, app, create_app
-from rolldiff.tokenizer import Encoder, Generation, Prior, Tokenizer
-
-SIDE = 8
-
-
-def random_decoder(**settings):
-    torch.manual_seed(0)
-    options = {"image_size": SIDE, "channels": 1, "width": 16, "depth": 1, "heads": 1}
-    options |= {
-        "condition": ClassLabels(3, names=("ant", "bee", "cat")),
-        "training": Training((1, 2, 4), orders=("top_to_bottom", "random:0")),
-    }
-    decoder = Decoder.build(**options | settings)
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return decoder.eval()
-
-
-def random_tokenizer():
-    decoder = random_decoder(condition=TokenGrid(4, 4, channels=2))
-    encoder = Encoder(8, in_channels=1, factor=2, channels=2, width=8, depth=1)
-    torch.nn.init.normal_(encoder.layers[-1].weight, std=4.0)
-    return Tokenizer(encoder, decoder, levels=(3, 3)).eval()
-
-
-@contextmanager
-def running(served, limits=Limits(), **options):
-    """A server on a free port."""
-    config = uvicorn.Config(create_app(served, limits, **options), log_level="critical", port=0)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
+from rolldiff.serving import Limits, Served, app
+from rolldiff.tokenizer import Generation, Prior
 
 
 @pytest.fixture(scope="module")
@@ -635,3 +600,105 @@ def test_the_command_refuses_a_missing_checkpoint(capsys):
     with pytest.raises(SystemExit):
         main(["serve"])
     assert "ckpt must be a run folder or a checkpoint" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Load, and the command
+
+
+@pytest.mark.slow
+def test_32_clients_at_once(served):
+    """All are answered or told 429, and no image differs from the same seed decoded alone."""
+    bodies = [
+        {"prompt": ("ant", "bee", "cat")[i % 3], "seed": i, "num_groups": (1, 2, 4)[i // 3 % 3]}
+        for i in range(32)
+    ]
+    bodies = [{**body, "stream": i % 2 == 0, "steps": 40} for i, body in enumerate(bodies)]
+    with running(served, Limits(requests=24)) as port, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda body: post(port, body), bodies))
+        assert metric(port, "running") == metric(port, "waiting") == 0
+    statuses = [status for status, _ in answers]
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) >= 24
+    for body, (status, text) in zip(bodies, answers, strict=True):
+        if status == 429:
+            continue
+        if body["stream"]:
+            text = json.loads(text.rpartition("data: ")[2])["b64_json"]
+        else:
+            text = json.loads(text)["data"][0]["b64_json"]
+        label = ("ant", "bee", "cat").index(body["prompt"])
+        options = {"seed": body["seed"], "num_groups": body["num_groups"], "steps": 40}
+        close(pixels(text), decoded(served, label, **options)[0])
+
+
+@pytest.mark.slow
+def test_who_does_not_read_blocks_nobody():
+    """A stream of 64 large frames that nobody reads fills its socket; the others go on."""
+    served = Served(decoder=random_decoder(image_size=256, patch=32), config=DecodeConfig(steps=80))
+    body = json.dumps({"prompt": "ant", "stream": True, "partial_images": 64})
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with running(served) as port, socket.socket() as idle:
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.connect(("127.0.0.1", port))
+        idle.sendall((head + body).encode())
+        for _ in range(3):
+            start = time.monotonic()
+            assert post(port, {"prompt": "bee", "steps": 2})[0] == 200
+        assert time.monotonic() - start < 5
+        assert metric(port, "running") == 0  # the idle one's decoding has ended too
+        received = b""
+        while b"image_generation.completed" not in received[-2_000_000:]:
+            received += idle.recv(2**20)
+        assert received.count(b"event: image_generation.partial_image") == 64
+
+
+@contextmanager
+def ending(process):
+    """A process that does not outlive its test, even if that fails."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_ends_what_it_has_begun(tmp_path, signum):
+    random_decoder().save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "rolldiff", "serve", f"ckpt={tmp_path}", "port=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as ran, ending(ran):
+        port = int(re.search(r":(\d+)/", ran.stdout.readline()).group(1))
+        status, text = get(port, "/v1/models")
+        assert status == 200
+        assert json.loads(text)["data"][0]["rolldiff"]["defaults"]["num_groups"] == 4
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            start = time.monotonic()
+            for _ in range(20):
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+            assert time.monotonic() - start < 0.5  # answers are not held back for 40 ms each
+        body = {"prompt": "ant", "num_groups": 4, "steps": 800, "stream": True, "partial_images": 1}
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(post, port, body)
+            until(lambda: metric(port, "running") == 1)
+            ran.send_signal(signum)
+            assert "image_generation.completed" in answer.result()[1]
+        assert ran.wait(timeout=20) == 0
+        assert ran.stdout.read() == "rolldiff: stopped\n"
+        assert ran.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_one_line(tmp_path, capsys):
+    random_decoder().save_pretrained(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stop:
+        main(["serve", f"ckpt={tmp_path}", f"port={taken.getsockname()[1]}"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("rolldiff: Address already in use")
+    for bad in ("limits.steps=0", "prompts=[a]", "prompts={x: dog}", "name=''", "host=0.0.0.0"):
+        with pytest.raises(SystemExit):
+            main(["serve", f"ckpt={tmp_path}", "port=0", bad])
+        assert len(capsys.readouterr().err.splitlines()) == 1

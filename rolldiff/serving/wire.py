@@ -1,9 +1,9 @@
 """The wire: OpenAI's image requests and answers, with the settings of a grouped decoding beside.
 
 A request is a mapping of fields, those of JSON or of a form. What it asks for becomes an
-`ImageRequest`, or a `RequestError` that says which field is wrong; nothing here touches a network
-or a model's weights. A stream is server-sent events: `partial_image` for each frame and
-`completed`, each with the whole picture as base64 and with `rolldiff`, which says what it is.
+`ImageRequest`, or a `RequestError` that says which field is wrong. Nothing here computes; the
+worker does. A stream is server-sent events: `partial_image` for each frame and `completed`, each
+with the whole picture as base64 and with `rolldiff`, which says what it is.
 """
 
 import base64
@@ -90,9 +90,8 @@ class ImageRequest:
         output_format: a key of `FORMATS`.
         output_compression: the quality of JPEG and WebP, 0 … 100.
         quality: as it was given; answers repeat it.
-        image: `[1, C, H, W]`, of an edit.
+        image: `[1, C, H, W]` bytes, of an edit.
         mask: `[H, W]`, True where it is drawn anew.
-        warnings: what the checkpoint was not trained for.
     """
 
     label: int | None
@@ -107,7 +106,6 @@ class ImageRequest:
     quality: str
     image: Tensor | None = None
     mask: Tensor | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -235,8 +233,6 @@ def _parse(
     if image is not None and size != tuple(image.shape[2:]):
         raise UsageError(f"size must be auto or that of the image, got {given['size']}")
     _schedule(config, size, served, limits=limits)
-    decoder = served.decoder.resized(size) if served.any_size else served.decoder
-    conditions = () if label is None and served.prior is None else decoder.conditioning.names
     maximum = limits.partial_images
     seed = whole_number(
         given.get("seed", int(torch.randint(2**31, (1,)))), "seed", minimum=0, maximum=MAX_SEED
@@ -258,7 +254,6 @@ def _parse(
         quality=quality,
         image=image,
         mask=mask,
-        warnings=tuple(decoder.unseen(config, conditions)),
     )
 
 
@@ -281,6 +276,8 @@ def _settings(given: Mapping[str, Any], served: Served, limits: Limits) -> Decod
         changed["steps"] = whole_number(given["num_inference_steps"], "num_inference_steps")
     if "order" in changed and not isinstance(changed["order"], str):
         raise UsageError(f"order must be a text, got {shown(changed['order'])}")
+    if "overlap" in changed:  # 0 is as good as 0.0
+        changed["overlap"] = finite_number(changed["overlap"], "overlap", minimum=0, maximum=1)
     if "steps" in changed:
         changed["steps"] = whole_number(changed["steps"], "steps", maximum=limits.steps)
     if "guidance_scale" in given:
@@ -324,13 +321,15 @@ class Picture:
         pixels: `[n, H, W, 3]` bytes.
         facts: what they are: `tau`, `nfe`, `step`, `finished_rows`, `finished`.
         last: whether they are finished.
-        tokens: token evaluations of one image, of finished images.
+        tokens: token evaluations of one image so far.
+        warnings: what the checkpoint was not trained for.
     """
 
     pixels: np.ndarray
     facts: Mapping[str, float | int]
     last: bool
-    tokens: int = 0
+    tokens: int
+    warnings: Sequence[str] = ()
 
 
 def encoded(pixels: Sequence[np.ndarray], request: ImageRequest) -> str:
@@ -350,7 +349,7 @@ def encoded(pixels: Sequence[np.ndarray], request: ImageRequest) -> str:
 def edited(
     picture: bytes, mask: bytes | None, served: Served, *, limits: Limits
 ) -> tuple[Tensor, Tensor]:
-    """The image `[1, C, H, W]` and the mask `[H, W]`, True where it is drawn anew.
+    """The image `[1, C, H, W]` in bytes and the mask `[H, W]`, True where it is drawn anew.
 
     Args:
         picture: the file of what is changed.
@@ -386,7 +385,7 @@ def edited(
             f"{name} must be transparent where the image is drawn anew, got no transparent pixel",
             param="mask",
         )
-    return pixels[None].float() / 127.5 - 1, torch.from_numpy(alpha < 128)
+    return pixels[None], torch.from_numpy(alpha < 128)
 
 
 def _size_of(data: bytes, name: str) -> tuple[int, int]:
@@ -407,7 +406,7 @@ def _size_of(data: bytes, name: str) -> tuple[int, int]:
 def about(request: ImageRequest, picture: Picture) -> dict[str, Any]:
     """What is said of a picture beside it."""
     facts = {**picture.facts, "seed": request.seed}
-    return {**facts, "warnings": list(request.warnings)} if request.warnings else facts
+    return {**facts, "warnings": list(picture.warnings)} if picture.warnings else facts
 
 
 def common(request: ImageRequest) -> dict[str, Any]:

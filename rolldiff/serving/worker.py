@@ -10,9 +10,9 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rolldiff.decoder import Frame
+from rolldiff.decoder import DecodeRun
 from rolldiff.diffusion.sampler import State
 from rolldiff.errors import UsageError
 from rolldiff.evaluation.images import to_bytes
@@ -158,7 +158,7 @@ class Worker:
             asked.config,
             seeds=[(job.request.seed, job.request.n) for job in jobs],
             size=asked.size,
-            image=asked.image,
+            image=None if asked.image is None else asked.image.float() / 127.5 - 1,
             mask=asked.mask,
         )
         num_steps = run.schedule.num_steps
@@ -170,37 +170,36 @@ class Worker:
                 return
             due = [job for job in alive if job.shows(state.step, num_steps)]
             if due:
-                frame = run.frame(state)
-                tokens = run.counter.tokens
-                self._show(jobs, due, frame, state, num_steps=num_steps, tokens=tokens)
+                self._show(run, state, jobs, due=due)
 
     def _show(
-        self,
-        jobs: Sequence[Job],
-        due: Sequence[Job],
-        frame: Frame,
-        state: State,
-        *,
-        num_steps: int,
-        tokens: int,
+        self, run: DecodeRun, state: State, jobs: Sequence[Job], *, due: Sequence[Job]
     ) -> None:
+        """Make one frame of the batch, and give each job that is due its part."""
+        frame = run.frame(state)
         if not all_finite(frame.image):
             raise RequestError("the decoding gave pixels that are not finite", status=500)
-        pixels, finished = to_bytes(frame.image), frame.finished
-        rows = finished.all(dim=1).cpu()
-        facts = {
-            "tau": frame.tau,
-            "nfe": frame.nfe,
-            "step": state.step,
-            "finished_rows": int(rows.long().cumprod(0).sum()),
-            "finished": float(finished.float().mean()),
-        }
+        asked, rows = jobs[0].request, frame.finished.all(dim=1).long()
+        names = run.decoder.conditioning.names
+        given = names if asked.label is not None or self.served.prior is not None else ()
+        picture = Picture(
+            pixels=to_bytes(frame.image),
+            facts={
+                "tau": frame.tau,
+                "nfe": frame.nfe,
+                "step": state.step,
+                "finished_rows": int(rows.cumprod(0).sum()),
+                "finished": float(frame.finished.float().mean()),
+            },
+            last=state.step == run.schedule.num_steps,
+            tokens=run.counter.tokens,
+            warnings=run.decoder.unseen(asked.config, given),
+        )
         start = 0
         for job in jobs:
             stop = start + job.request.n
             if job in due:
-                last = state.step == num_steps
-                job.emit(Picture(pixels[start:stop], facts, last, tokens))
+                job.emit(replace(picture, pixels=picture.pixels[start:stop]))
             start = stop
 
 

@@ -333,6 +333,7 @@ const pretended = {
     context.filter = `blur(${Math.round(height / 16)}px)`;
     context.drawImage(image, 0, 0, width, height);
     context.filter = "none";
+    context.drawImage(image, 0, 0, width, height); // under the edges, where the blur is transparent
     const label = `Animation at ${Math.round(100 * this.progress)} %, of frame ${index + 1}`;
     canvas.setAttribute("aria-label", label);
   },
