@@ -144,16 +144,15 @@ def measure_load(
     results.put("images_per_second_bare_batches_of_16", together)
 
 
-def readable(results: Results) -> str:
+def readable(figures: dict[str, float], spread: dict[str, tuple[float, float]]) -> str:
     """The table of the page."""
     lines = ["| figure | median | range | target |", "|---|---|---|---|"]
-    for name, (low, high) in results.spread.items():
+    for name, (low, high) in spread.items():
         target = ""
         if name in TARGETS:
-            verdict = "reached" if results.figures[name] <= TARGETS[name] else "missed"
+            verdict = "reached" if figures[name] <= TARGETS[name] else "missed"
             target = f"at most {TARGETS[name]:g}: {verdict} "
-        figure = results.figures[name]
-        lines.append(f"| `{name}` | {figure:.4g} | {low:.4g} … {high:.4g} | {target}|")
+        lines.append(f"| `{name}` | {figures[name]:.4g} | {low:.4g} … {high:.4g} | {target}|")
     return "\n".join(lines)
 
 
@@ -173,7 +172,7 @@ def main() -> None:
     }
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(readable(results))
+    print(readable(results.figures, results.spread))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import grouping  # noqa: E402
 import height  # noqa: E402
 import likelihood_cost  # noqa: E402
 import peers  # noqa: E402
+import serve  # noqa: E402
 import training_step  # noqa: E402
 import two_streams  # noqa: E402
 
@@ -93,6 +94,22 @@ def test_the_card_of_heights_runs(tmp_path, monkeypatch, capsys):
     # Rows of the window and two groups: 6 rows of 4 tokens, keys and values of 24 numbers, twice.
     assert written["cache_megabytes_32"] == written["cache_megabytes_16"]
     assert written["cache_megabytes_32"] == pytest.approx(6 * 4 * 2 * 24 * 2 * 4 / 1e6)
+
+
+@pytest.mark.slow
+def test_the_card_of_the_server_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--quick", "--out", str(out)])
+    serve.main()
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert serve.readable(written, written["spread"]) in capsys.readouterr().out
+    assert written["first_frame_over_whole"] < 1
+
+
+def test_the_page_of_serving_holds_its_figures():
+    found = json.loads((ROOT / "benchmarks/results/serve-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert serve.readable(found, found["spread"]) in page
 
 
 def test_the_page_of_photographs_holds_the_figures_of_heights():

@@ -42,6 +42,7 @@ def test_commands_are_known():
         "rolldiff train data=folder ",
         "rolldiff train experiment=photo_tokenizer ",
         "rolldiff reconstruct ",
+        "rolldiff serve ckpt=RUN ",
         *CHAIN,
     )
     assert COMMANDS

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -702,3 +703,30 @@ def test_a_taken_port_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["serve", f"ckpt={tmp_path}", "port=0", bad])
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def blocks(language):
+    """The code of docs/serving.md."""
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_client_of_the_documentation(port, capsys):
+    (code,) = (block for block in blocks("python") if "openai" in block)
+    exec(code.replace(":8000/", f":{port}/").replace('prompt="3"', 'prompt="2"'), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1].startswith("image_generation.completed")
+
+
+@pytest.mark.slow
+def test_gradio(tmp_path):
+    pytest.importorskip("gradio")
+    random_decoder().save_pretrained(tmp_path)
+    (code,) = (block for block in blocks("python") if "gradio" in block)
+    names = {"__name__": "documentation"}
+    exec(code.replace('"RUN"', repr(str(tmp_path))), names)
+    pictures = list(names["watch"](2, 4))
+    assert len(pictures) == 20
+    assert pictures[-1].size == (256, 256)
+    assert names["demo"].fn is names["watch"]

@@ -413,8 +413,6 @@ class _Guard:
         try:
             self._check(scope["path"], headers)
         except RequestError as refused:
-            if refused.status == 413:
-                await _drain(receive, self.limits)
             response = JSONResponse(wire.error_body(refused), status_code=refused.status)
             await response(scope, receive, watched)
         else:
@@ -449,20 +447,6 @@ def _host(header: bytes) -> str:
     if text.startswith("["):
         return text[1:].partition("]")[0]
     return text.partition(":")[0]
-
-
-async def _drain(receive: Receive, limits: Limits) -> None:
-    """Read on for a while: many clients hear an answer only after they have sent everything."""
-
-    async def read() -> None:
-        left, more = 8 * limits.body, True
-        while left > 0 and more:
-            message = await receive()
-            left -= len(message.get("body", b""))
-            more = message.get("more_body", False)
-
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read(), limits.seconds)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
