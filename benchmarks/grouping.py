@@ -195,14 +195,16 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
             for cell in these:
                 label = cell.setting.removesuffix(", 16 steps").removesuffix(", overlap 0")
                 at = getattr(cell, cost), cell.mean(metric)
-                axis.annotate(label, at, (4, 3), textcoords="offset points", fontsize=7)
-        axis.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="split halves")
+                # The names of the first model above its points, those of the others below.
+                by = (-3, 6 if number == 0 else -12)
+                axis.annotate(label, at, by, textcoords="offset points", fontsize=7)
+        axis.margins(x=0.45, y=0.2)
         axis.set(xlabel=name, xscale="log" if cost == "nfe" else "linear", yscale="log")
         for side in (axis.yaxis, axis.xaxis) if cost == "nfe" else (axis.yaxis,):
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter(NullFormatter())
-    axes[0].set_ylabel("Fréchet distance, classifier")
+    axes[0].set_ylabel(f"Fréchet distance, classifier\n(two halves of the test split: {floor:.2g})")
     axes[0].legend(fontsize=8)
     sketch.savefig(path, dpi=120)
     plt.close(sketch)

@@ -43,7 +43,8 @@ case $scale in
       train "$run" experiment=fashion_mnist_small seed="$seed"
       bench cost "$run" "${same[@]}" bench.num_groups=[1,7] bench.steps=[16]
       bench wide "$run" "${wide[@]}" bench.num_groups=[2,4,14,28,49] bench.steps=[16]
-      bench overlap "$run" "${wide[@]}" bench.num_groups=[4,7,49] bench.overlap=[0.5] bench.steps=[16]
+      bench overlap "$run" "${wide[@]}" bench.num_groups=[7] bench.overlap=[0.5,0.75] bench.steps=[16]
+      bench half "$run" "${wide[@]}" bench.num_groups=[4,49] bench.overlap=[0.5] bench.steps=[16]
       bench more "$run" "${wide[@]}" bench.num_groups=[1] bench.steps=[32,64]
       specialist one "$seed" 1 0
       run=$small/one-s$seed
