@@ -301,7 +301,7 @@ def _served(cfg: DictConfig) -> "Served":
         name=cfg.name,
         prior=prior,
         tokenizer=tokenizer,
-        prompts=_mapping(cfg, "prompts"),
+        prompts={} if cfg.prompts is None else _mapping(cfg, "prompts"),
         config=instantiate(cfg.decode, _convert_="all"),
     )
 

@@ -218,6 +218,7 @@ def test_matched_seconds_are_measured_once(tmp_path):
     assert len(measured) == len(set(measured)) == len({replace(c, steps=1) for c in configs})
 
 
+@pytest.mark.slow
 def test_a_bench_at_matched_calls(run, tmp_path):
     bench(ask(run, tmp_path, "bench.match=nfe", "bench.steps=[6]"), conf=config_dir())
     rows = [json.loads(line) for line in lines(tmp_path)]

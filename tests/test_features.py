@@ -196,6 +196,7 @@ def test_training_is_repeatable_and_leaves_the_seed_alone(tmp_path, size):
     assert first(image).shape == (60, 64)
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_judged_on_what_it_did_not_see(tmp_path):
     image, label = stripes(200)
     found = train_classifier(image, label, steps=40, folder=tmp_path)

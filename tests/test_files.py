@@ -35,6 +35,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clean", ["the next write", "remove_parts"])
 def test_what_a_killed_job_left_is_removed(tmp_path, clean):
     path = tmp_path / "a.txt"

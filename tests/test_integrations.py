@@ -429,6 +429,7 @@ def test_what_a_network_cannot_take():
     assert spared.decode(steps=1, seed=0).image.isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_stays_outside():
     code = (
         "import sys, rolldiff; assert 'diffusers' not in sys.modules\n"

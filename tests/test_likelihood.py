@@ -171,6 +171,7 @@ def test_the_probabilities_of_all_images_sum_to_one(num_groups, dequantization):
     assert found.nats.exp().sum() == pytest.approx(1, abs=0.04)
 
 
+@pytest.mark.slow
 def test_importance_samples_are_a_mean_of_probabilities():
     # One pixel: P(x) is the mass of the cell around x, whose log a single sample bounds.
     decoder, levels = masked_decoder(torch.tensor([[0.16]], dtype=torch.float64)), 5
@@ -229,6 +230,7 @@ def test_the_uniform_bound_is_the_mean_of_the_logarithm():
     assert ((ode.mean(0) - bound.mean(0)).abs() < 4 * error).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ode", "bound"])
 @pytest.mark.parametrize("settings", SETTINGS[1:4], ids=str)
 @torch.no_grad()
@@ -245,6 +247,7 @@ def test_an_image_has_its_likelihood_alone_and_in_a_batch(smooth, method, settin
     assert not torch.allclose(together.nats, other.nats)
 
 
+@pytest.mark.slow
 def test_the_solver_stops_for_every_image_by_itself(smooth):
     decoder = smooth(num_classes=0)
     image = torch.cat([torch.zeros(1, 1, 8, 8), torch.rand(1, 1, 8, 8) * 2 - 1]).double()
@@ -255,6 +258,7 @@ def test_the_solver_stops_for_every_image_by_itself(smooth):
     assert (both.solver_error < 1e-3).all()
 
 
+@pytest.mark.slow
 def test_the_error_of_the_solver_is_not_understated(smooth):
     """Of a network that changes so fast with the time that the order is below four."""
     decoder = smooth(num_classes=0, octaves=24)

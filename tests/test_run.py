@@ -189,6 +189,7 @@ def test_a_copied_run_goes_on_where_it_is(stopped, whole, tmp_path, monkeypatch)
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.slow
 def test_the_newest_whole_checkpoint_is_taken(whole, tmp_path):
     folder = tmp_path / "run"
     train(config(f"run_dir={folder}", "time_limit=00:00:00:00", "max_steps=4"))

@@ -299,6 +299,7 @@ def test_a_windowed_decoder_trains_and_keeps_its_window(tmp_path):
         assert torch.equal(decoder.decode(**options).image, again.decode(**options).image)
 
 
+@pytest.mark.slow
 def test_a_windowed_likelihood_is_that_of_its_decoding():
     decoder = local((4, 6), prediction="velocity")
     hidden = decoder.backbone.time_embed.hidden.weight.data.view(-1, 2, 32)

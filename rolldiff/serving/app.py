@@ -150,7 +150,7 @@ def run(
         listening.listen(1024)  # before the address is told
         name = f"[{host}]" if ":" in host else host
         print(f"rolldiff: http://{name}:{listening.getsockname()[1]}/ (Ctrl-C stops)", flush=True)
-        hosts = LOCAL_NAMES if api_key is None else None
+        hosts = (*LOCAL_NAMES, host) if api_key is None else None
         config = uvicorn.Config(
             create_app(served, limits, api_key=api_key, hosts=hosts),
             log_level="warning",
@@ -178,17 +178,13 @@ class _Serving:
         self.served, self.limits, self.worker = served, limits, worker
 
     async def generations(self, request: Request) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if kind != "application/json":
-            raise RequestError("the Content-Type must be application/json", status=415)
+        _check_type(request, "application/json")
         fields = wire.parse_json(await self._in_time(request.body()))
         asked = await asyncio.to_thread(wire.parse, fields, self.served, self.limits)
         return await self._answer(request, asked, kind="image_generation")
 
     async def edits(self, request: Request) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if kind != "multipart/form-data":
-            raise RequestError("the Content-Type must be multipart/form-data", status=415)
+        _check_type(request, "multipart/form-data")
         form = request.form(max_files=4, max_fields=64, max_part_size=2**16)
         texts: dict[str, str] = {}
         files: dict[str, bytes] = {}
@@ -305,6 +301,13 @@ class _Serving:
             raise RequestError(f"the matrix must have at most {MAX_CELLS} cells")
         matrix = [[round(t, 4) for t in row] for row in asked.matrix.tolist()]
         return JSONResponse({"matrix": matrix, "overlap": asked.realised_overlap})
+
+
+def _check_type(request: Request, expected: str) -> None:
+    """Refuse another type: a page of another site can send forms and texts unasked, but no JSON."""
+    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found != expected:
+        raise RequestError(f"the Content-Type must be {expected}", status=415)
 
 
 async def _until_gone(request: Request) -> None:
