@@ -18,9 +18,9 @@ from PIL import Image, ImageCms, ImageOps
 from rolldiff import Euler
 from rolldiff.cli import config_dir
 from rolldiff.data import Folder, Hub
-from rolldiff.data.pixels import Record, load_image
 from rolldiff.evaluation.results import Results, Timings
 from rolldiff.evaluation.sweep import bench
+from rolldiff.pixels import Record, load_image
 
 SIZE = 8
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")

@@ -221,9 +221,9 @@ def generate(cfg: DictConfig) -> None:
 
 def reconstruct(cfg: DictConfig) -> None:
     """Encode a picture of any size and decode it again, from top to bottom."""
-    from rolldiff.data.pixels import Record, load_image
     from rolldiff.evaluation.images import save_gif, save_images, save_picture, to_picture
     from rolldiff.evaluation.metrics import psnr
+    from rolldiff.pixels import Record, load_image
     from rolldiff.tokenizer import Tokenizer
     from rolldiff.tokenizer import reconstruct as run
 

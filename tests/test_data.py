@@ -17,8 +17,8 @@ from PIL import Image, ImageCms
 from rolldiff import Decoder
 from rolldiff.data import Digits, Folder, Hub, module
 from rolldiff.data.datasets import ResumableSampler, permutation
-from rolldiff.data.pixels import Record, load_image
 from rolldiff.errors import UsageError
+from rolldiff.pixels import Record, load_image
 from rolldiff.training import LitDecoder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

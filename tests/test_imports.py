@@ -22,7 +22,7 @@ LEVELS = [
     ["likelihood"],
     ["likelihood"],
     ["decoder"],
-    ["editing", "tokenizer", "integrations"],
+    ["editing", "tokenizer", "integrations", "pixels"],
     ["data"],
     ["evaluation"],
     ["serving", "training"],
@@ -48,6 +48,15 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # huggingface_hub imports tqdm.
     assert not (HEAVY - {"tqdm"}) & set(done.stdout.split())
+
+
+def test_a_server_needs_nothing_of_the_training():
+    code = (
+        "import sys, rolldiff.cli, rolldiff.serving; print(*{m.split('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    allowed = {"tqdm", "hydra", "omegaconf", "PIL"}
+    assert not (HEAVY - allowed) & set(done.stdout.split())
 
 
 def test_imports_run_one_way():

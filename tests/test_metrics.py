@@ -7,8 +7,8 @@ from torchmetrics.image.kid import poly_mmd
 
 from rolldiff import GroupSchedule
 from rolldiff.evaluation import metrics
+from rolldiff.evaluation.images import all_finite
 from rolldiff.evaluation.metrics import (
-    all_finite,
     band_distances,
     frechet_distance,
     kernel_distance,

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 
-from rolldiff.data.pixels import Load, Record, load_image
 from rolldiff.errors import UsageError, warn_user
+from rolldiff.pixels import Load, Record, load_image
 
 __all__ = [
     "Crops",

@@ -29,8 +29,8 @@ from rolldiff.data.datasets import (
     load_images,
     permutation,
 )
-from rolldiff.data.pixels import Color
 from rolldiff.errors import UsageError, finite_number, whole_number
+from rolldiff.pixels import Color
 
 __all__ = ["Images"]
 

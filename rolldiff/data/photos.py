@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from rolldiff.data.datasets import Crops, permutation, readable
 from rolldiff.data.module import Images
-from rolldiff.data.pixels import Load, Record, load_image
 from rolldiff.data.sources import Folder
 from rolldiff.errors import UsageError, warn_user, whole_number
+from rolldiff.pixels import Load, Record, load_image
 
 __all__ = ["Photos"]
 

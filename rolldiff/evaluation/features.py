@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolldiff.errors import UsageError, finite_number, whole_number
-from rolldiff.evaluation.metrics import all_finite
+from rolldiff.evaluation.images import all_finite
 from rolldiff.files import written_whole
 
 __all__ = [

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rolldiff.errors import UsageError
-from rolldiff.evaluation.metrics import all_finite
 from rolldiff.files import written_whole
 
 __all__ = [
+    "all_finite",
     "labelled_rows",
     "make_grid",
     "save_gif",
@@ -160,6 +160,11 @@ def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> in
         for block in blocks:
             file.write(np.ascontiguousarray(block).data)
     return count
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of as many values."""
+    return not values.numel() or all(end.isfinite() for end in values.aminmax())
 
 
 def _finite_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from rolldiff.errors import UsageError, whole_number
+from rolldiff.evaluation.images import all_finite
 
 __all__ = [
-    "all_finite",
     "band_distances",
     "boundaries",
     "frechet_distance",
@@ -70,11 +70,6 @@ def _check_features(real: Tensor, fake: Tensor, *, minimum: int) -> None:
             raise UsageError(f"{name} must have {minimum} samples or more, got {len(side)}")
         if not all_finite(side):
             raise UsageError(f"features must be finite, got {name} ones that are not")
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite, without a copy of as many values."""
-    return not values.numel() or all(end.isfinite() for end in values.aminmax())
 
 
 def _moments(features: Float[Tensor, "B F"]) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rolldiff.data.pixels import Record, load_image
 from rolldiff.decoder import DecodeConfig
 from rolldiff.diffusion.layout import resized
 from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.errors import UsageError, boolean, finite_number, known_names, shown, whole_number
 from rolldiff.nn.denoiser import Guidance
+from rolldiff.pixels import Record, load_image
 from rolldiff.serving.model import Limits, Served
 
 __all__ = [

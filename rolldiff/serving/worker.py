@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from rolldiff.decoder import DecodeRun
 from rolldiff.diffusion.sampler import State
 from rolldiff.errors import UsageError
-from rolldiff.evaluation.images import to_bytes
-from rolldiff.evaluation.metrics import all_finite
+from rolldiff.evaluation.images import all_finite, to_bytes
 from rolldiff.serving.model import Limits, Served
 from rolldiff.serving.wire import ImageRequest, Picture, RequestError
 

@@ -1,4 +1,4 @@
-"""`load_image`: an encoded picture of any kind to the bytes of a square.
+"""`load_image`: an encoded picture of any kind to bytes.
 
 A picture is turned as its EXIF orientation says, its colours are converted to sRGB as its ICC
 profile says, and transparency is filled with a background colour. Greys of 16 bits are scaled to 8;
