@@ -4,7 +4,7 @@ import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,22 @@ def readable(results: dict[str, Any]) -> str:
             wanted = f"{rule}: {'reached' if least <= results[key] <= most else 'MISSED'}"
         lines.append(f"{key:38} {results[key]:10.4g}  ({low:.4g} … {high:.4g})  {wanted}".rstrip())
     return "\n".join([*lines, "", markdown(results)] if results["table"] else lines)
+
+
+def bounded(
+    figures: Mapping[str, float],
+    spread: Mapping[str, tuple[float, float]],
+    targets: Mapping[str, float],
+) -> str:
+    """A table of figures, some of which have a target that they may reach and not exceed."""
+    lines = ["| figure | median | range | target |", "|---|---|---|---|"]
+    for name, (low, high) in spread.items():
+        target = ""
+        if name in targets:
+            verdict = "reached" if figures[name] <= targets[name] else "missed"
+            target = f"at most {targets[name]:g}: {verdict} "
+        lines.append(f"| `{name}` | {figures[name]:.4g} | {low:.4g} … {high:.4g} | {target}|")
+    return "\n".join(lines)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from engine_results import Results, machine
+from engine_results import Results, bounded, machine
 from engine_rounds import Cases
 from torch import nn
 
@@ -177,18 +177,6 @@ def measure_squares(results: Results, sizes: Sizes) -> None:
         results.put(f"local_seconds_{side**2}", [seconds["local"]])
 
 
-def readable(figures: dict[str, float], spread: dict[str, tuple[float, float]]) -> str:
-    """The table of the page."""
-    lines = ["| figure | median | range | target |", "|---|---|---|---|"]
-    for name, (low, high) in spread.items():
-        target = ""
-        if name in TARGETS:
-            verdict = "reached" if figures[name] <= TARGETS[name] else "missed"
-            target = f"at most {TARGETS[name]:g}: {verdict} "
-        lines.append(f"| `{name}` | {figures[name]:.4g} | {low:.4g} … {high:.4g} | {target}|")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,7 +194,7 @@ def main() -> None:
     }
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(readable(results.figures, results.spread))
+    print(bounded(results.figures, results.spread, TARGETS))
 
 
 if __name__ == "__main__":

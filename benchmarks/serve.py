@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_results import Results, machine
+from engine_results import Results, bounded, machine
 
 from rolldiff import Decoder, Training
 
@@ -144,18 +144,6 @@ def measure_load(
     results.put("images_per_second_bare_batches_of_16", together)
 
 
-def readable(figures: dict[str, float], spread: dict[str, tuple[float, float]]) -> str:
-    """The table of the page."""
-    lines = ["| figure | median | range | target |", "|---|---|---|---|"]
-    for name, (low, high) in spread.items():
-        target = ""
-        if name in TARGETS:
-            verdict = "reached" if figures[name] <= TARGETS[name] else "missed"
-            target = f"at most {TARGETS[name]:g}: {verdict} "
-        lines.append(f"| `{name}` | {figures[name]:.4g} | {low:.4g} … {high:.4g} | {target}|")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,7 +160,7 @@ def main() -> None:
     }
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(readable(results.figures, results.spread))
+    print(bounded(results.figures, results.spread, TARGETS))
 
 
 if __name__ == "__main__":

@@ -939,12 +939,17 @@ class DecodeRun:
         return self._frames(count or steps, boolean(preview, "preview"))
 
     def _frames(self, count: int, preview: bool) -> Iterator[Frame]:
-        steps = self.schedule.num_steps
         for state in self.steps():
-            i = state.step
-            # Frame number n shows the first step at which n / count of the decoding is done.
-            if i > 0 and i * count // steps > (i - 1) * count // steps:
+            if self.shows(state, count):
                 yield self.frame(state, preview=preview)
+
+    def shows(self, state: State, count: int) -> bool:
+        """Whether one of `count` evenly spaced frames shows a state.
+
+        Frame number n shows the first step at which n / count of the decoding is done.
+        """
+        i, steps = state.step, self.schedule.num_steps
+        return i > 0 and i * count // steps > (i - 1) * count // steps
 
     def steps(self) -> Iterator[State]:
         """Run step by step, the initial state first; a caller may stop after any of them."""

@@ -4,8 +4,9 @@ Images are in [-1, 1]; what is outside is clipped. Files are written whole, see 
 """
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from rolldiff.files import written_whole
 
 __all__ = [
     "all_finite",
+    "film",
     "labelled_rows",
     "make_grid",
     "save_gif",
@@ -88,12 +90,17 @@ def save_gif(
     images = list(frames)
     if not images:
         raise UsageError("frames must hold one image or more, got none")
+    options = film(images, seconds=seconds, hold=hold)
+    with written_whole(path) as part:
+        images[0].save(part, format="GIF", **options)
+
+
+def film(images: Sequence[Image.Image], *, seconds: float, hold: float) -> dict[str, Any]:
+    """What Pillow is told to save the first of some frames as a film of all; see `save_gif`."""
     # Browsers slow anything below 20 ms per frame down to 100 ms.
     duration = max(20, round(1000 * seconds / len(images)))
     durations = [duration] * (len(images) - 1) + [round(1000 * hold)]
-    options = {"append_images": images[1:], "duration": durations, "loop": 0}
-    with written_whole(path) as part:
-        images[0].save(part, format="GIF", save_all=True, **options)
+    return {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

@@ -421,8 +421,8 @@ class _Guard:
         else:
             await self.app(scope, bounded, watched)
         finally:
-            route = scope["path"] if scope["path"].startswith(("/v1/images/", "/v1/models")) else ""
-            route = "/v1/models" if route.startswith("/v1/models") else route
+            path = scope["path"]
+            route = "/v1/models" if path.startswith("/v1/models") else path
             if route in ("/v1/images/generations", "/v1/images/edits", "/v1/models"):
                 self.metrics.requests.labels(route, str(status)).inc()
                 self.metrics.seconds.labels(route).observe(time.perf_counter() - start)

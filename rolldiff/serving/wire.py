@@ -25,6 +25,7 @@ from rolldiff.decoder import DecodeConfig
 from rolldiff.diffusion.layout import resized
 from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.errors import UsageError, boolean, finite_number, known_names, shown, whole_number
+from rolldiff.evaluation.images import film
 from rolldiff.nn.denoiser import Guidance
 from rolldiff.pixels import Record, load_image
 from rolldiff.serving.model import Limits, Served
@@ -334,15 +335,14 @@ class Picture:
 
 def encoded(pixels: Sequence[np.ndarray], request: ImageRequest) -> str:
     """A picture in the format of the request, as base64; of several frames, a film."""
-    first, *others = [Image.fromarray(frame) for frame in pixels]
+    frames = [Image.fromarray(frame) for frame in pixels]
     options: dict[str, Any] = {}
     if request.output_format in ("jpeg", "webp"):
         options["quality"] = request.output_compression
     if request.output_format == "gif":
-        durations = [max(20, 3000 // len(pixels))] * len(others) + [1500]
-        options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+        options = film(frames, seconds=3.0, hold=1.5)
     file = io.BytesIO()
-    first.save(file, format=FORMATS[request.output_format], **options)
+    frames[0].save(file, format=FORMATS[request.output_format], **options)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -47,10 +47,9 @@ class Job:
             return id(self)
         return asked.config, asked.size, asked.label is None
 
-    def shows(self, step: int, num_steps: int) -> bool:
-        """Whether a frame is sent after a step."""
-        count = min(self.request.partial_images + 1, num_steps)
-        return step > 0 and step * count // num_steps > (step - 1) * count // num_steps
+    def due(self, run: DecodeRun, state: State) -> bool:
+        """Whether a frame of a state is sent."""
+        return run.shows(state, min(self.request.partial_images + 1, run.schedule.num_steps))
 
 
 class Worker:
@@ -160,14 +159,13 @@ class Worker:
             image=None if asked.image is None else asked.image.float() / 127.5 - 1,
             mask=asked.mask,
         )
-        num_steps = run.schedule.num_steps
         for state in run.steps():
             if self._stopping:
                 raise RequestError("the server is shutting down", status=503)
             alive = [job for job in jobs if not job.cancelled.is_set()]
             if not alive:
                 return
-            due = [job for job in alive if job.shows(state.step, num_steps)]
+            due = [job for job in alive if job.due(run, state)]
             if due:
                 self._show(run, state, jobs, due=due)
 
