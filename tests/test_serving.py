@@ -729,7 +729,9 @@ def blocks(language):
 
 def test_the_client_of_the_documentation(port, capsys):
     (code,) = (block for block in blocks("python") if "openai" in block)
-    exec(code.replace(":8000/", f":{port}/").replace('prompt="3"', 'prompt="2"'), {})
+    names = {}
+    exec(code.replace(":8000/", f":{port}/").replace('prompt="3"', 'prompt="2"'), names)
+    names["client"].close()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[-1].startswith("image_generation.completed")
