@@ -2,4 +2,5 @@
 
 from rolldiff.cli import main
 
-main()
+if __name__ == "__main__":  # not in the processes of a training on several devices
+    main()

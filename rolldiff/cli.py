@@ -37,9 +37,10 @@ from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.errors import UsageError, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
+from rolldiff.processes import OtherProcessError
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
-from rolldiff.trust import RESUMABLE, trusted_prefixes
+from rolldiff.trust import DEVICES, RESUMABLE, trusted_prefixes
 
 if TYPE_CHECKING:  # importing it takes starlette
     from rolldiff.serving import Served
@@ -90,7 +91,18 @@ def main(argv: list[str] | None = None) -> None:
         if any(override.startswith("-") for override in overrides):
             _run_by_hydra(command, overrides)
             return
-        COMMANDS[command](_composed(command, overrides))
+        _call(command, _composed(command, overrides), overrides)
+
+
+def _call(command: str, cfg: DictConfig, overrides: Sequence[str]) -> float | None:
+    if command == "train":
+        return train(cfg, given=_names(overrides))
+    return COMMANDS[command](cfg)
+
+
+def _names(overrides: Sequence[str]) -> list[str]:
+    """What the words of a command line set."""
+    return [override.partition("=")[0].lstrip("+") for override in overrides]
 
 
 def config_dir() -> Path:
@@ -112,8 +124,12 @@ def _composed(command: str, overrides: list[str]) -> DictConfig:
             ) from error
 
 
-def train(cfg: DictConfig) -> float | None:
+def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> float | None:
     """Train a model or resume its training, and print what to do next.
+
+    Args:
+        cfg: the settings.
+        given: the names of those in the command.
 
     Returns:
         The smallest distance that was measured, for sweeps that search; None if the training was
@@ -122,19 +138,18 @@ def train(cfg: DictConfig) -> float | None:
     from rolldiff.training.run import resumed_config
     from rolldiff.training.run import train as run
 
-    # Lightning's hints below warnings: unavailable accelerators, other products. Importing it sets
-    # the level, so this comes after.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet_lightning()
     if cfg.resume is not None:
-        cfg = resumed_config(cfg)
+        cfg = resumed_config(cfg, given=given)
     try:
-        summary = run(cfg)
+        summary = run(cfg, initializer=_quiet_lightning)
     except KeyboardInterrupt:
         if cfg.run_dir is not None and Path(cfg.run_dir, "config.yaml").is_file():
             print(f"\nResume with:\n  {_resume(cfg)}", file=sys.stderr)
         raise
     if summary is None:
+        if int(os.environ.get("RANK", "0")):
+            return None
         print(f"\nStopped at the time limit and saved. Next:\n  {_resume(cfg)}")
         return None
     print(f"\n{summary.report.table}\n")
@@ -415,15 +430,16 @@ def _resume(cfg: DictConfig) -> str:
 
 
 def _refuse_settings_beside_resume(overrides: Sequence[str]) -> None:
-    names = [override.partition("=")[0] for override in overrides]
+    names = _names(overrides)
+    allowed = (*RESUMABLE, *DEVICES)
     others = [
         override
         for override, name in zip(overrides, names, strict=True)
-        if name not in RESUMABLE and not override.startswith("-")
+        if name not in allowed and not override.startswith("-")
     ]
     if "resume" in names and others:
         raise UsageError(
-            f"resume must come without other settings than {', '.join(RESUMABLE[1:])}, because it "
+            f"resume must come without other settings than {', '.join(allowed[1:])}, because it "
             f"keeps those of the run, got {' '.join(others)}"
         )
 
@@ -436,12 +452,12 @@ def _run_by_hydra(command: str, overrides: Sequence[str]) -> None:
         context = HydraConfig.get()
         if context.mode != RunMode.MULTIRUN:
             with _errors_in_one_line():
-                return COMMANDS[command](cfg)
+                return _call(command, cfg, overrides)
         if "run_dir" in cfg:
             cfg.run_dir = context.runtime.output_dir
         try:
             with _errors_in_one_line():
-                return COMMANDS[command](cfg)
+                return _call(command, cfg, context.overrides.task)
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise
@@ -477,7 +493,7 @@ def _errors_in_one_line() -> Iterator[None]:
         _fail(error)  # an argument, a value or a class that does not exist
     except (HydraException, OmegaConfBaseException, UsageError) as error:
         _fail(error)
-    except FloatingPointError as error:
+    except (FloatingPointError, OtherProcessError) as error:
         _fail(error, status=1)
     except OSError as error:
         _fail(error, _os_error(error), status=1)
@@ -525,6 +541,18 @@ def _fail(error: BaseException | None, text: str | None = None, *, status: int =
         raise error
     print(f"rolldiff: {' '.join((text or str(error)).split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _quiet_lightning() -> None:
+    """Leave out its hints below warnings: unavailable accelerators, other products.
+
+    Importing it sets the level, so this comes after.
+    """
+    import lightning  # noqa: F401
+
+    _quiet_warnings()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _quiet_warnings() -> None:

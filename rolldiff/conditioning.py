@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolldiff.diffusion.layout import MAX_TOKENS, Layout
+from rolldiff.diffusion.process import Shard
 from rolldiff.errors import (
     FLOATS,
     WHOLE,
@@ -811,14 +812,22 @@ class Conditioning:
         return self.validate(None, batch, device)
 
     def drop(
-        self, cond: dict[str, Masked], rate: float, generator: torch.Generator | None = None
+        self,
+        cond: dict[str, Masked],
+        rate: float,
+        generator: torch.Generator | None = None,
+        *,
+        shard: Shard = Shard(),
     ) -> dict[str, Masked]:
-        """Drop all conditions of an example with probability `rate`; of several, each alone too."""
+        """Drop all conditions of an example with probability `rate`; of several, each alone too.
+
+        The examples are a part of a global batch, for which all is drawn.
+        """
         if not cond:
             return cond
-        batch = len(next(iter(cond.values())).mask)
+        batch = len(next(iter(cond.values())).mask) * shard.count
         each = len(cond) > 1
-        draws = torch.rand(batch, 1 + len(cond) * each, generator=generator) < rate
+        draws = shard.rows(torch.rand(batch, 1 + len(cond) * each, generator=generator)) < rate
         result = {}
         for number, (name, (value, mask)) in enumerate(cond.items(), start=1):
             kept = ~(draws[:, 0] | draws[:, number * each]).to(mask.device, non_blocking=True)

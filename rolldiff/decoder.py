@@ -45,6 +45,7 @@ from rolldiff.diffusion.process import (
     PerSampleNoise,
     Prediction,
     Rectified,
+    Shard,
     denoising_loss,
 )
 from rolldiff.diffusion.sampler import Euler, NoiseLevel, Solver, State, TimeGrid, sample
@@ -358,7 +359,12 @@ class Decoder(Pretrained):
         return torch.promote_types(self.dtype, torch.float32)
 
     def loss(
-        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
+        self,
+        image: Tensor,
+        cond: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+        shard: Shard = Shard(),
     ) -> Tensor:
         """The mean squared error in the loss space over the moving tokens.
 
@@ -370,6 +376,9 @@ class Decoder(Pretrained):
                 and condition are checked in the first call alone, because that waits for it.
             cond: the condition, or None; several in a dictionary by name. Its gradient is kept.
             generator: a CPU generator for all random draws; None uses torch's own.
+            shard: which part of a global batch this is, if several processes hold equal parts of
+                it. With the same `generator` everywhere, the mean of their losses is then the loss
+                of the whole batch, and of their gradients its gradient.
 
         Returns:
             A scalar to call `backward` on.
@@ -389,17 +398,17 @@ class Decoder(Pretrained):
             raise UsageError(
                 f"image must be on the decoder's device {self.device}, got {image.device}"
             )
-        if generator is not None:
-            check_generator(generator, "generator")
+        check_generator(generator, shard=shard)
         x = self.layout.tokens(image).to(self.state_dtype)
         given = self.conditioning.validate(cond, len(x), x.device, check_values=check_values)
         self._values_checked = True
-        given = self.conditioning.drop(given, self.training_distribution.drop_cond, generator)
-        draw = self.training_distribution.sample(len(x), self._groups, generator)
+        rate = self.training_distribution.drop_cond
+        given = self.conditioning.drop(given, rate, generator, shard=shard)
+        draw = self.training_distribution.sample(len(x), self._groups, generator, shard=shard)
         order = self.orders[draw.order.to(x.device, non_blocking=True)]
         t = draw.t.to(x, non_blocking=True)
         x = x.gather(1, order[..., None].expand_as(x))  # [B, N, D] in decode order
-        eps = _randn_like(x, generator)
+        eps = _randn_like(x, generator, shard=shard)
         y = self._predict(x, self.noise.add_noise(x, eps, t), draw, order=order, given=given)
         return denoising_loss(
             y.to(x.dtype),
@@ -410,6 +419,7 @@ class Decoder(Pretrained):
             noise=self.noise,
             prediction=self.prediction,
             space=self.loss_space,
+            count=draw.num_moving,
         )
 
     def _predict(
@@ -451,11 +461,9 @@ class Decoder(Pretrained):
         other.config = self.config | {"layout": layout, "backbone": other.backbone}
         return other
 
-    def forward(
-        self, image: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, image: Tensor, cond: Any = None, **options: Any) -> Tensor:
         """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
-        return self.loss(image, cond, generator=generator)
+        return self.loss(image, cond, **options)
 
     def decode(
         self,
@@ -1164,23 +1172,34 @@ def check_image(
     return image
 
 
-def check_generator(generator: Any, name: str) -> None:
-    """Refuse what is not a generator of the CPU.
+def check_generator(generator: Any, *, shard: Shard) -> None:
+    """Refuse what is not a generator of the CPU, or none where processes must draw the same.
 
     Raises:
         UsageError: if it is something else.
     """
-    instance(generator, torch.Generator, name, "a torch.Generator")
+    instance(shard, Shard, "shard", "a Shard")
+    if generator is None:
+        if shard.count > 1:
+            raise UsageError(
+                "generator must be given beside shard, seeded alike in every process, got None"
+            )
+        return
+    instance(generator, torch.Generator, "generator", "a torch.Generator")
     if generator.device.type != "cpu":
-        raise UsageError(f"{name} must be a generator of the CPU, got one of {generator.device}")
+        raise UsageError(f"generator must be one of the CPU, got one of {generator.device}")
 
 
 def _list(items: Sequence[object]) -> str:
     return ", ".join(map(str, items))
 
 
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is not None and x.device.type != "cpu":  # draw on the device, seeded from the CPU
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+def _randn_like(
+    x: Float[Tensor, "B N D"], generator: torch.Generator | None, *, shard: Shard
+) -> Float[Tensor, "B N D"]:
+    """Unit noise, the same for an example whichever process holds it."""
+    seeds = shard.rows(torch.randint(2**62, (len(x) * shard.count,), generator=generator))
+    own, eps = torch.Generator(x.device), torch.empty_like(x)
+    for row, seed in zip(eps, seeds.tolist(), strict=True):
+        row.normal_(generator=own.manual_seed(seed))
+    return eps

@@ -24,6 +24,9 @@ class Interrupted(KeyboardInterrupt):
         self.name = signal.Signals(signum).name
         self.status = 128 + signum
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:  # from one process to another
+        return Interrupted, (self.status - 128,)
+
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:

@@ -21,6 +21,7 @@ from rolldiff.hub import PUBLIC, is_defined_in
 
 __all__ = [
     "DATA",
+    "DEVICES",
     "RESUMABLE",
     "RUN_DIR",
     "TARGETS",
@@ -33,7 +34,9 @@ __all__ = [
 RUN_DIR = "${run_dir}"
 
 # Settings that may differ from those of the run that is resumed.
-RESUMABLE = ("resume", "time_limit", "progress", "trust")
+RESUMABLE = ("resume", "time_limit", "process_timeout", "progress", "trust")
+# Those too, where the command gives them: what a run computes does not depend on its devices.
+DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
@@ -51,6 +54,7 @@ TARGETS = (
         "rolldiff.evaluation.report.TokenizerReport",
         "rolldiff.training.AveragedWeights",
         "rolldiff.training.CSVLog",
+        "rolldiff.training.FullySharded",
         "rolldiff.training.LitDecoder",
         "rolldiff.training.LitPrior",
         "rolldiff.training.LitTokenizer",

@@ -251,11 +251,11 @@ def test_clean_context_carries_no_loss(make, monkeypatch):
     decoder = make()
     draw = decoder.training_distribution.sample
 
-    def clean(*arguments):
-        drawn = draw(*arguments)
+    def clean(*arguments, **others):
+        drawn = draw(*arguments, **others)
         return drawn._replace(clean=drawn.clean | True, t=torch.zeros_like(drawn.t))
 
-    monkeypatch.setattr(Training, "sample", lambda self, *arguments: clean(*arguments))
+    monkeypatch.setattr(Training, "sample", lambda _, *given, **others: clean(*given, **others))
     assert decoder.loss(torch.zeros(2, 1, 8, 8)) == 0
 
 
@@ -265,8 +265,8 @@ def test_training_shows_every_token_its_own_time(make, monkeypatch, num_groups):
     decoder, draws, times = make(), [], []
     sample, forward = Training.sample, decoder.backbone.forward
 
-    def kept(self, *arguments):
-        draws.append(sample(self, *arguments))
+    def kept(self, *arguments, **others):
+        draws.append(sample(self, *arguments, **others))
         return draws[-1]
 
     def shown(x_t, time, *arguments, **others):

@@ -227,7 +227,8 @@ class StreamingImages(IterableDataset):
         for _ in islice(records, done * global_batch):
             pass
         for _ in _rest_of_epoch(done, self.batches_per_epoch):
-            share = list(islice(records, global_batch))[self.rank :: self.world_size]
+            start = self.rank * self.batch_size
+            share = list(islice(records, global_batch))[start : start + self.batch_size]
             pairs = list(readable(share, self.load, on_error=self.on_error))
             if not pairs:
                 records, copy = tee(records)

@@ -35,6 +35,7 @@ from rolldiff.pixels import Color
 __all__ = ["Images"]
 
 MAX_BYTES_IN_MEMORY = 2**32  # of decoded images; larger datasets are decoded lazily
+VALIDATED = 500  # images per batch of a validation
 FEW = 2000  # images that stand for a large dataset in comparisons and validations
 
 
@@ -45,7 +46,7 @@ class Images(L.LightningDataModule, ABC):
     Args:
         image_size: side in pixels; images of another size are cropped to a square and resized.
         channels: 1 for grey, 3 for RGB.
-        batch_size: examples per batch and process.
+        batch_size: examples per batch, of all processes together; a multiple of their number.
         max_steps: optimizer steps per epoch.
         seed: of the split and of the order; any whole number of 0 or more.
         flip: also train on the mirror image of every image, which doubles the dataset.
@@ -139,6 +140,20 @@ class Images(L.LightningDataModule, ABC):
         return self.trainer.world_size if self.trainer else 1
 
     @property
+    def batch_per_process(self) -> int:
+        """Examples per batch in this process.
+
+        Raises:
+            UsageError: if the processes cannot have equal parts of a batch.
+        """
+        if self.batch_size % self.world_size:
+            raise UsageError(
+                f"batch_size must be a multiple of the {self.world_size} processes that share a "
+                f"batch, got {self.batch_size}"
+            )
+        return self.batch_size // self.world_size
+
+    @property
     def batches_per_epoch(self) -> int:
         """Training batches per epoch: `max_steps`, times those of which gradients accumulate."""
         return self.max_steps * (self.trainer.accumulate_grad_batches if self.trainer else 1)
@@ -168,7 +183,7 @@ class Images(L.LightningDataModule, ABC):
         train = self._split[0]
         sampler = ResumableSampler(
             len(train) * (2 if self.flip else 1),
-            batch_size=self.batch_size,
+            batch_size=self.batch_per_process,
             batches_per_epoch=self.batches_per_epoch,
             seed=self.seed,
             batches_done=self.batches_seen,
@@ -199,10 +214,13 @@ class Images(L.LightningDataModule, ABC):
     def val_dataloader(self) -> Any:
         train, held_out = self._split
         chosen = held_out if len(held_out) else self._some(train, FEW)
+        size = max(VALIDATED // self.world_size, 1)
+        if self.world_size > 1:
+            chosen = share(chosen, size, rank=self.rank, world_size=self.world_size)
         return DataLoader(
             HFlip(self._dataset, chosen),
             sampler=SequentialSampler(range(len(chosen))),  # without the mirror images
-            batch_size=500,
+            batch_size=size,
             collate_fn=_as_it_is,
             num_workers=self._num_workers,
         )
@@ -249,6 +267,22 @@ class Images(L.LightningDataModule, ABC):
         if number >= len(index):
             return index
         return index[permutation(len(index), self.seed)[:number]]
+
+
+def share(index: Int[Tensor, " N"], size: int, *, rank: int, world_size: int) -> Int[Tensor, " M"]:
+    """The images that a process validates, so that each has an equal part of every batch.
+
+    The last batch is filled up with the first images if its parts would not be equal.
+
+    Args:
+        index: the images of all processes.
+        size: images per batch and process.
+        rank: of the process.
+        world_size: the number of processes.
+    """
+    index = torch.cat([index, index.repeat(world_size)[: -len(index) % world_size]])
+    batches = index.split(size * world_size)
+    return torch.cat([batch.chunk(world_size)[rank] for batch in batches])
 
 
 def _as_it_is(batch: Any) -> Any:

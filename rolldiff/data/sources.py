@@ -281,7 +281,7 @@ class Hub(Images):
             self._shuffled,
             self.load,
             on_error=self.on_error,
-            batch_size=self.batch_size,
+            batch_size=self.batch_per_process,
             batches_per_epoch=batches,
             batches_done=lambda: self.batches_seen() % (batches if self._overfit else 2**63),
             rank=self.rank,

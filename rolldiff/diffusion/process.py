@@ -44,6 +44,7 @@ __all__ = [
     "PerSampleNoise",
     "Prediction",
     "Rectified",
+    "Shard",
     "coefficients",
     "denoising_loss",
     "inverse",
@@ -260,15 +261,42 @@ def denoising_loss(
     noise: NoiseSchedule,
     prediction: Prediction,
     space: LossSpace,
+    count: float | None = None,
 ) -> Float[Tensor, ""]:
     """The mean squared error of a prediction over the moving tokens, in a given space.
 
-    All other tokens are context and carry no loss.
+    All other tokens are context and carry no loss. `count` is what the sum is divided by, instead
+    of the number of moving tokens here.
     """
     a, b = (c[..., None] for c in coefficients(prediction, noise, t))
     error = (y - (a * x + b * eps)).square().mean(-1)
     weight = loss_weight(prediction, noise, t.clamp(T_CLIP, 1 - T_CLIP), space=space)
-    return (weight * error).where(moving, 0.0).sum() / moving.sum().clamp(min=1)
+    divisor = moving.sum().clamp(min=1) if count is None else max(count, 1)
+    return (weight * error).where(moving, 0.0).sum() / divisor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows of a global batch a process holds: part `index` of `count` equal ones.
+
+    Args:
+        index: 0 … count - 1.
+        count: the number of processes.
+
+    Raises:
+        UsageError: if a number is out of range.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        count = whole_number(self.count, "count")
+        whole_number(self.index, "index", minimum=0, maximum=count - 1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows `[B, ...]` of this process, of those of all processes, `[count B, ...]`."""
+        return x.chunk(self.count)[self.index]
 
 
 class PerSampleNoise:

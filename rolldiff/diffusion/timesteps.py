@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rolldiff.diffusion.process import Shard
 from rolldiff.diffusion.schedule import (
     Grouping,
     GroupSchedule,
@@ -126,6 +127,7 @@ class Draw(NamedTuple):
         clean: whether a token is clean context, which carries no loss.
         together: whether all tokens see all others.
         shared: whether all tokens of an example have one time.
+        num_moving: tokens that carry a loss; of a global batch, its share for each process.
     """
 
     order: Int[Tensor, " B"]
@@ -135,6 +137,7 @@ class Draw(NamedTuple):
     clean: Bool[Tensor, "M N"]
     together: bool
     shared: bool
+    num_moving: float
 
     def mask(self, device: torch.device) -> Float[Tensor, "M N N"] | None:
         """Who may see whom, see `GroupSchedule.blocks`; None if all tokens see all.
@@ -173,7 +176,7 @@ class TrainingDistribution:
         density: of the times; `LogitNormal` draws some of them more often.
         drop_cond: the probability of dropping the condition, for guidance; in [0, 1].
         slices: parts of a batch that draw their group count and windows apart; at most so many as
-            divide the batch.
+            divide the batch. With several processes the batch is that of all of them.
 
     Raises:
         UsageError: if a set is empty or a number is out of range.
@@ -279,6 +282,8 @@ class TrainingDistribution:
         batch: int,
         groups: Int[Tensor, "counts N"],
         generator: torch.Generator | None = None,
+        *,
+        shard: Shard = Shard(),
     ) -> Draw:
         """Draw everything for a batch, on the CPU.
 
@@ -286,8 +291,10 @@ class TrainingDistribution:
             batch: number of examples.
             groups: for every group count the group of each token, see `tables`; on the CPU.
             generator: a CPU generator; None uses torch's own.
+            shard: the part that the examples are of a global batch, for which all is drawn.
         """
-        batch = whole_number(batch, "batch")
+        own_batch = whole_number(batch, "batch")
+        batch = own_batch * shard.count
         # The largest number of slices that divides the batch.
         slices = max(m for m in range(1, min(self.slices, batch) + 1) if batch % m == 0)
         choice = _strata(slices, 2, generator)
@@ -317,8 +324,15 @@ class TrainingDistribution:
             drawn.append((t[:, group], group, windows.window[group], clean[group]))
         times, *tokens = zip(*drawn, strict=True)
         group, window, clean = map(torch.stack, tokens)
+        size = batch // slices
+        num_moving = int((~clean).sum()) * size / shard.count
+        # A process may begin or end in the middle of a slice.
+        step = math.gcd(size, own_batch)
+        here = (shard.index * own_batch + torch.arange(0, own_batch, step)) // size
+        group, window, clean = group[here], window[here], clean[here]
+        t = shard.rows(torch.cat(times))
         together = not (window.any() or clean.any())
-        return Draw(order, torch.cat(times), group, window, clean, together, shared)
+        return Draw(shard.rows(order), t, group, window, clean, together, shared, num_moving)
 
 
 def cut(num_groups: int, lag: float, generator: torch.Generator | None = None) -> Windows:

@@ -8,19 +8,17 @@ are bit-identical for any number of processes.
 """
 
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rolldiff.decoder import DecodeConfig, DecodeOutput, Decoder
@@ -37,20 +35,18 @@ from rolldiff.evaluation.metrics import (
     seam_ratio,
 )
 from rolldiff.likelihood import LikelihoodConfig
+from rolldiff.processes import Processes
 
 __all__ = [
     "Evaluator",
     "Measurement",
-    "Processes",
     "device_name",
     "expected_cost",
     "extract_features",
     "mean_std",
-    "processes",
     "random_halves",
 ]
 
-T = TypeVar("T")
 BANDS = 4
 BATCH = 500  # images whose features are computed at a time
 
@@ -169,7 +165,7 @@ class Evaluator:
     batch_size: int
     pairs: int
     dtype: torch.dtype | None
-    processes: "Processes"
+    processes: Processes
     seen: Mapping[str, Tensor] = field(default_factory=dict)
     likelihood: LikelihoodConfig | None = None
     held_out: tuple[Float[Tensor, "M C H W"], Int[Tensor, " M"]] | None = None
@@ -384,69 +380,3 @@ def mean_std(values: Sequence[Any]) -> dict[str, Any]:
     # The standard deviation of a single seed is undefined, not 0.
     std = table.std(0).tolist() if len(values) > 1 else None
     return {"mean": table.mean(0).tolist(), "std": std, "values": list(values)}
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a benchmark. The main one, of rank 0, computes the metrics and writes."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.rank == 0
-
-    def shard(self, count: int) -> range:
-        """The indices, of `count`, that this process handles."""
-        return range(self.rank, count, self.size)
-
-    def gather(self, shard: list[T]) -> list[T]:
-        """The results of all processes in the order of the indices; empty but on the main one."""
-        if self.size == 1:
-            return shard
-        shards: list[list[T] | None] | None = [None] * self.size if self.is_main else None
-        distributed.gather_object(shard, shards)
-        if shards is None:
-            return []
-        parts = [part for part in shards if part is not None]
-        return [
-            parts[n % self.size][n // self.size] for n in range(sum(len(part) for part in parts))
-        ]
-
-    def broadcast(self, value: T) -> T:
-        """The main process's value, on all processes."""
-        box = [value]
-        if self.size > 1:
-            distributed.broadcast_object_list(box)
-        return box[0]
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run a block on the main process before the others, so that it fills the caches."""
-        if self.size > 1 and not self.is_main:
-            distributed.barrier()
-        yield
-        if self.size > 1 and self.is_main:
-            distributed.barrier()
-
-
-@contextmanager
-def processes() -> Iterator[Processes]:
-    """The processes that `torchrun` started, or this one alone.
-
-    Results are gathered on the CPU with gloo; the process of local rank `i` decodes on CUDA device
-    `i` if there are any.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Processes()
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("gloo")
-    try:
-        yield Processes(distributed.get_rank(), size)
-    finally:
-        distributed.destroy_process_group()

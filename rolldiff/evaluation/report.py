@@ -7,11 +7,11 @@ ended.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from rolldiff.evaluation.metrics import pixel_distance, psnr
 from rolldiff.evaluation.plots import COSTS, groups_label, plot_costs, plot_matrices
 from rolldiff.evaluation.results import config_of
 from rolldiff.files import write_text
+from rolldiff.processes import Processes
 from rolldiff.progress import progress
 from rolldiff.shell import command_line
 from rolldiff.tokenizer import Generation, Prior, Tokenizer
@@ -45,6 +46,7 @@ __all__ = [
     "write_report",
 ]
 
+T = TypeVar("T")
 Record = dict[str, Any]
 BATCH = 500
 SHOWN = 16  # images per row of a picture
@@ -354,8 +356,13 @@ class TrainingReport(ABC):
         label: Int[Tensor, " B"],
         folder: Path,
         seed: int,
-    ) -> Report:
-        """Measure, and write pictures to the folder."""
+        group: Processes = Processes(),
+    ) -> Report | None:
+        """Measure, and write pictures to the folder.
+
+        The images are decoded by all processes of a group; the main one does the rest, and has the
+        report.
+        """
 
     def validate(self, model: Any) -> None:
         """Refuse, before the training, what could only fail after it.
@@ -419,17 +426,37 @@ def _chosen(label: Tensor | None, total: int, *, count: int, seed: int) -> Int[T
     return torch.stack([members[c][n % len(members[c])] for n, c in places])
 
 
+def _measured(items: Sequence[T], group: Processes) -> Iterable[T]:
+    """The same items, with the main process's progress."""
+    return progress(items, "measuring") if group.is_main else items
+
+
+def _batches(count: int, group: Processes) -> Iterator[slice]:
+    """The batches of this process, of so many images; each process has one if there are enough."""
+    size = min(BATCH, math.ceil(count / group.size))
+    starts = range(0, count, size)
+    return (slice(starts[n], min(starts[n] + size, count)) for n in group.shard(len(starts)))
+
+
 def _decode_all(
-    decoder: Decoder, cond: Tensor | None, config: DecodeConfig, *, count: int, seed: int
-) -> Float[Tensor, "B C H W"]:
-    """`count` images, a batch at a time."""
+    decoder: Decoder,
+    cond: Tensor | None,
+    config: DecodeConfig,
+    *,
+    count: int,
+    seed: int,
+    group: Processes,
+) -> Float[Tensor, "B C H W"] | None:
+    """`count` images, a batch at a time, by all processes; None but on the main one."""
     parts = []
-    for start in range(0, count, BATCH):
-        n = min(BATCH, count - start)
-        part = None if cond is None else cond[start : start + n]
-        output = decoder.decode(part, config, num_images=n, seed=seed, start_index=start)
+    for here in _batches(count, group):
+        part = None if cond is None else cond[here]
+        output = decoder.decode(
+            part, config, num_images=here.stop - here.start, seed=seed, start_index=here.start
+        )
         parts.append(output.image.cpu())
-    return torch.cat(parts)
+    gathered = group.gather(parts)
+    return torch.cat(gathered) if group.is_main else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,15 +488,26 @@ class DecoderReport(GroupCountReport):
         return model
 
     def __call__(
-        self, model: Decoder, image: Tensor, *, label: Tensor, folder: Path, seed: int
-    ) -> Report:
+        self,
+        model: Decoder,
+        image: Tensor,
+        *,
+        label: Tensor,
+        folder: Path,
+        seed: int,
+        group: Processes = Processes(),
+    ) -> Report | None:
         image, label = self.subsample(image, label, seed=seed)
         cond = label if model.conditioning.num_classes else None
-        self.pictures(model, image, label=cond, folder=folder, seed=seed)
+        if group.is_main:
+            self.pictures(model, image, label=cond, folder=folder, seed=seed)
         distances: dict[str, float | None] = {}
-        for config in progress(self.configs(), "measuring"):
-            fake = _decode_all(model, cond, config, count=len(image), seed=seed)
-            distances[str(config.num_groups)] = _distance(image, fake)
+        for config in _measured(self.configs(), group):
+            fake = _decode_all(model, cond, config, count=len(image), seed=seed, group=group)
+            if fake is not None:
+                distances[str(config.num_groups)] = _distance(image, fake)
+        if not group.is_main:
+            return None
         floor = split_half_distance(image)
         lines = ["num_groups  fd_pixels"]
         lines += [f"{groups:>10}  {_cell(value)}" for groups, value in distances.items()]
@@ -538,8 +576,15 @@ class TokenizerReport(GroupCountReport):
 
     @torch.no_grad()
     def __call__(
-        self, model: Tokenizer, image: Tensor, *, label: Tensor, folder: Path, seed: int
-    ) -> Report:
+        self,
+        model: Tokenizer,
+        image: Tensor,
+        *,
+        label: Tensor,
+        folder: Path,
+        seed: int,
+        group: Processes = Processes(),
+    ) -> Report | None:
         image, _ = self.subsample(image, label, seed=seed)
         codes = torch.cat([model.encode(part.to(model.device)) for part in image.split(BATCH)])
         latents = model.dequantize(codes)
@@ -547,11 +592,17 @@ class TokenizerReport(GroupCountReport):
         rows = {"data": image[chosen]}
         ratios: dict[str, float] = {}
         distances: dict[str, float | None] = {}
-        for config in progress(self.configs(), "measuring"):
-            fake = _decode_all(model.decoder, latents, config, count=len(image), seed=seed)
+        for config in _measured(self.configs(), group):
+            fake = _decode_all(
+                model.decoder, latents, config, count=len(image), seed=seed, group=group
+            )
+            if fake is None:
+                continue
             rows[f"num_groups {config.num_groups}"] = fake[chosen]
             ratios[str(config.num_groups)] = psnr(image, fake)
             distances[str(config.num_groups)] = _distance(image, fake)
+        if not group.is_main:
+            return None
         save_picture(labelled_rows(rows), folder / "reconstructions.png")
         used = codes.flatten().bincount(minlength=model.codebook_size) / codes.numel()
         perplexity = float((-(used * used.clamp(min=1e-12).log()).sum()).exp())
@@ -616,24 +667,34 @@ class PriorReport(TrainingReport):
 
     @torch.no_grad()
     def __call__(
-        self, model: Prior, image: Tensor, *, label: Tensor, folder: Path, seed: int
-    ) -> Report:
+        self,
+        model: Prior,
+        image: Tensor,
+        *,
+        label: Tensor,
+        folder: Path,
+        seed: int,
+        group: Processes = Processes(),
+    ) -> Report | None:
         tokenizer, (config,) = self._tokenizer(model), self.configs()
         image, label = self.subsample(image, label, seed=seed)
         labelled = bool(model.conditioning.parts)
-        images, codes = [], []
-        for start in progress(range(0, len(image), BATCH), "measuring"):
-            n = min(BATCH, len(image) - start)
-            cond = label[start : start + n] if labelled else None
+        parts = []
+        for here in _measured(list(_batches(len(image), group)), group):
+            n, start = here.stop - here.start, here.start
+            cond = label[here] if labelled else None
             generated = model.generate(cond, num_images=n, seed=seed, start_index=start)
-            codes.append(torch.stack(list(generated), dim=1))
-            latents = tokenizer.dequantize(codes[-1])
+            codes = torch.stack(list(generated), dim=1)
+            latents = tokenizer.dequantize(codes)
             output = tokenizer.decoder.decode(latents, config, seed=seed, start_index=start)
-            images.append(output.image.cpu())
-        fake = torch.cat(images)
+            parts.append((output.image.cpu(), codes.cpu()))
+        gathered = group.gather(parts)
+        if not group.is_main:
+            return None
+        fake, codes = (torch.cat(part) for part in zip(*gathered, strict=True))
         real = torch.cat([tokenizer.encode(part.to(model.device)) for part in image.split(BATCH)])
         seen = {tuple(sequence) for sequence in real.tolist()}
-        known = sum(tuple(s) in seen for s in torch.cat(codes).tolist()) / len(image)
+        known = sum(tuple(s) in seen for s in codes.tolist()) / len(image)
         classes = label if labelled else None
         chosen = _chosen(classes, len(image), count=min(20, len(image)), seed=seed)
         rows = {"data": image[chosen], "generated": fake[chosen]}

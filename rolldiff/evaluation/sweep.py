@@ -40,11 +40,9 @@ from rolldiff.evaluation.features import (
 )
 from rolldiff.evaluation.measure import (
     Evaluator,
-    Processes,
     device_name,
     expected_cost,
     extract_features,
-    processes,
 )
 from rolldiff.evaluation.report import config_label, write_report
 from rolldiff.evaluation.results import METHOD, Results, Timings
@@ -52,6 +50,7 @@ from rolldiff.files import LOCK, locked, refuse_links, remove_parts
 from rolldiff.hub import read_checkpoint
 from rolldiff.likelihood import LikelihoodConfig
 from rolldiff.likelihood.config import check_levels
+from rolldiff.processes import Processes, processes
 from rolldiff.trust import DATA, read_run_config, trusted_prefixes
 
 __all__ = ["Match", "bench", "grid", "match_cost", "run_data"]
@@ -89,6 +88,8 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
         raise UsageError("ckpt must be a run folder or a checkpoint, got none; say ckpt=PATH")
     folder = _folder(cfg)
     with processes() as group:
+        if group.size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(group.local_rank)
         trusted = trusted_prefixes(cfg.trust)
         decoder = read_checkpoint(cfg.ckpt, Decoder, trusted=trusted)
         decoder = decoder.to(named_device(cfg.device))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rolldiff.conditioning import ClassLabels, Conditioning
 from rolldiff.decoder import check_generator
 from rolldiff.diffusion.layout import MAX_TOKENS
-from rolldiff.diffusion.process import MAX_IMAGES, PerSampleNoise
+from rolldiff.diffusion.process import MAX_IMAGES, PerSampleNoise, Shard
 from rolldiff.diffusion.schedule import attention_mask
 from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
 from rolldiff.hub import Pretrained
@@ -105,6 +105,7 @@ class Prior(Pretrained):
         cond: Any = None,
         *,
         generator: torch.Generator | None = None,
+        shard: Shard = Shard(),
     ) -> Tensor:
         """The mean negative log-probability per code, in nats.
 
@@ -112,27 +113,28 @@ class Prior(Pretrained):
             codes: `[B, N]`, in raster order.
             cond: class labels, `[B]`, or None.
             generator: a CPU generator for what is dropped.
+            shard: which part of a global batch this is, see `Decoder.loss`.
 
         Raises:
             UsageError: if an argument has the wrong shape, type or range.
         """
         codes = check_codes(codes, self.codebook_size, self.num_tokens).long()
-        if generator is not None:
-            check_generator(generator, "generator")
+        check_generator(generator, shard=shard)
         label = self._label(cond, len(codes), codes.device)
-        dropped = torch.rand(len(codes), generator=generator).to(codes.device) < self.drop_cond
+        batch = len(codes) * shard.count
+        draws = shard.rows(torch.rand(batch, generator=generator))
+        dropped = draws.to(codes.device) < self.drop_cond
         label = label.where(~dropped, self.label.num_embeddings - 1)
         start = codes.new_full((len(codes), 1), self.codebook_size)
         h = self.embed(torch.cat([start, codes[:, :-1]], dim=1))
-        kept = torch.rand(h.shape[:2], generator=generator).to(h.device) >= self.dropout
+        draws = shard.rows(torch.rand(batch, h.shape[1], generator=generator))
+        kept = draws.to(h.device) >= self.dropout
         logits = self._logits(h * kept[..., None], label, start=0)
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
-    def forward(
-        self, codes: Tensor, cond: Any = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, cond: Any = None, **options: Any) -> Tensor:
         """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
-        return self.loss(codes, cond, generator=generator)
+        return self.loss(codes, cond, **options)
 
     def generate(
         self,

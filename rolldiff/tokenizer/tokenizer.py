@@ -9,6 +9,7 @@ unchanged.
 import copy
 from collections.abc import Iterator, Sequence
 from math import log2, prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from rolldiff.conditioning import TokenGrid
 from rolldiff.decoder import Decoder, check_image
 from rolldiff.diffusion.layout import image_sides
+from rolldiff.diffusion.process import Shard
 from rolldiff.errors import (
     WHOLE,
     UsageError,
@@ -244,13 +246,19 @@ class Tokenizer(Pretrained):
         instance(codes, Iterator, "codes", "an iterator over the codes of a batch")
         return (self._dequantize(check_codes(code, self.codebook_size)[:, None]) for code in codes)
 
-    def loss(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self,
+        image: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        shard: Shard = Shard(),
+    ) -> Tensor:
         """The decoder's loss given the latents of the images; see `Decoder.loss`."""
-        return self.decoder.loss(image, self.latents(image), generator=generator)
+        return self.decoder.loss(image, self.latents(image), generator=generator, shard=shard)
 
-    def forward(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, image: Tensor, **options: Any) -> Tensor:
         """The loss, for wrappers that call a module, such as `DistributedDataParallel`."""
-        return self.loss(image, generator=generator)
+        return self.loss(image, **options)
 
     def compile(self, *, mode: str | None = None) -> None:
         """Compile the decoder's backbone in place. See `Transformer.compile`."""

@@ -9,11 +9,13 @@ from rolldiff.training.module import (
     LitTokenizer,
 )
 from rolldiff.training.run import Summary, train
+from rolldiff.training.sharding import FullySharded
 
 __all__ = [
     "AveragedWeights",
     "CSVLog",
     "Clock",
+    "FullySharded",
     "LitDecoder",
     "LitModel",
     "LitPrior",

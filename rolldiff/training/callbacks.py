@@ -17,12 +17,16 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     TQDMProgressBar,
 )
+from torch.optim.swa_utils import AveragedModel
 
+from rolldiff.decoder import Decoder
 from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.images import labelled_rows, save_picture
+from rolldiff.processes import Processes
 from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
-from rolldiff.training.module import LitDecoder, images_per_batch
+from rolldiff.training.module import LitDecoder, LitModel, images_per_batch
+from rolldiff.training.sharding import is_sharded, load_whole_state, whole_state
 
 __all__ = [
     "AveragedWeights",
@@ -64,9 +68,12 @@ class SampleGrid(Callback):
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        decoder = cast(LitDecoder, pl_module).model
+        decoder = cast(LitDecoder, pl_module).whole_model()
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(decoder, Decoder)
         classes = decoder.conditioning.num_classes
         cond = torch.arange(self.count) % classes if classes else None
         grouping = decoder.training_distribution.grouping[0]
@@ -89,7 +96,8 @@ class AveragedWeights(EMAWeightAveraging):
     """An exponential moving average of the weights, which follows them until averaging starts.
 
     Lightning's average stays at the initial weights until then, and a training that ends earlier
-    would save those.
+    would save those. It also stays on the CPU, and does not know of sharded weights; this one is on
+    the device, and sharded as the weights are.
 
     Args:
         decay: of the average, in [0, 1).
@@ -104,16 +112,53 @@ class AveragedWeights(EMAWeightAveraging):
         start = whole_number(start, "callbacks.ema.start", minimum=0)
         super().__init__(decay=decay, update_starting_at_step=start)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        device = trainer.strategy.root_device
+        self._average_model = AveragedModel(
+            pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs
+        )
+        cast(LitModel, self._average_model.module).configure_model()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and _is_sharded(pl_module):
+            checkpoint["state_dict"] = whole_state(self._average_model.module)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is None or not _is_sharded(pl_module):
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        # The strategy has loaded the averaged weights by now, and taken them out of the checkpoint.
+        self._follow(pl_module)
+        if "current_model_state" in checkpoint:
+            load_whole_state(pl_module, checkpoint["current_model_state"])
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         if self._latest_update_step == 0 and self._average_model is not None:
-            current = chain(pl_module.parameters(), pl_module.buffers())
-            module = self._average_model.module
-            average = chain(module.parameters(), module.buffers())
-            for mean, value in zip(average, current, strict=True):
-                mean.data.copy_(value.data)
+            self._follow(pl_module)
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        """Make the average what the weights are."""
+        assert self._average_model is not None
+        module = self._average_model.module
+        average = chain(module.parameters(), module.buffers())
+        current = chain(pl_module.parameters(), pl_module.buffers())
+        for mean, value in zip(average, current, strict=True):
+            mean.data.copy_(value.data)
+
+
+def _is_sharded(pl_module: L.LightningModule) -> bool:
+    return is_sharded(cast(LitModel, pl_module).model)
 
 
 class Clock(Callback):
@@ -131,6 +176,7 @@ class Clock(Callback):
     Args:
         limit: `DD:HH:MM:SS` since the start or the last resumption, or None for no limit.
         checkpoint: where the checkpoint is saved.
+        group: the processes of the training, which stop after the same batch.
 
     Attributes:
         images_seen: training examples, with repetition, of all processes and all pieces.
@@ -142,10 +188,13 @@ class Clock(Callback):
         UsageError: if the limit is not of this form.
     """
 
-    def __init__(self, limit: str | None, checkpoint: Path) -> None:
+    def __init__(
+        self, limit: str | None, checkpoint: Path, *, group: Processes = Processes()
+    ) -> None:
         super().__init__()
         self.limit = None if limit is None else duration(limit, "time_limit")
         self.checkpoint = checkpoint
+        self.group = group
         self.images_seen = 0
         self.finished = False
         self.stopped = False
@@ -188,9 +237,9 @@ class Clock(Callback):
     ) -> None:
         self.images_seen += images_per_batch(batch) * trainer.world_size
         over = self.limit is not None and self._seconds_since_start > self.limit.total_seconds()
-        asked = over or self.signal is not None
-        if trainer.world_size > 1:  # all processes stop after the same batch
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        # A signal counts more than the time: whoever was not asked hears which one it was.
+        asked = self.group.largest(self.signal or int(over))
+        self.signal = asked if asked > 1 else None
         self._log_rate(trainer, pl_module)
         last = 0 < trainer.max_steps <= trainer.global_step
         if asked and not self.stopped and not last:

@@ -5,6 +5,7 @@ The hyperparameters in a checkpoint are plain containers, so it loads with `weig
 `rolldiff.hub.read_checkpoint` reads the model from it.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place
-from rolldiff.diffusion.process import seed_sequence
+from rolldiff.diffusion.process import Shard, seed_sequence
 from rolldiff.errors import UsageError, reason, whole_number
 from rolldiff.hub import Pretrained
 from rolldiff.tokenizer import Prior, Tokenizer
+from rolldiff.training.sharding import is_sharded, shard, whole
 
 __all__ = ["LitDecoder", "LitModel", "LitPrior", "LitTokenizer", "images_per_batch"]
 
@@ -42,7 +44,7 @@ class LitModel(L.LightningModule, ABC):
         optimizer: parameters to optimizer; by default AdamW with its defaults.
         warmup_steps: steps in which the learning rate rises from 0.
         seed: of all random draws of the loss. Each batch has its own generator, so a resumed
-            training draws what an uninterrupted one draws.
+            training draws what an uninterrupted one draws, and so do several processes together.
         decay: the learning rate after the warm-up, until the trainer's `max_steps` (or `max_time`,
             if that comes first).
 
@@ -53,6 +55,7 @@ class LitModel(L.LightningModule, ABC):
 
     kind: ClassVar[type[Pretrained]]
     model: Pretrained
+    _plain: Pretrained  # a copy from before it was sharded
 
     def __init__(
         self,
@@ -89,8 +92,28 @@ class LitModel(L.LightningModule, ABC):
 
         Args:
             batch: images `[B, C, H, W]` and labels `[B]`.
-            generator: a CPU generator for all random draws.
+            generator: a CPU generator for all random draws; the same in all processes.
         """
+
+    def configure_model(self) -> None:
+        """Shard the model, if the strategy asks for it."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            # Not a submodule: it is what the weights are gathered in.
+            object.__setattr__(self, "_plain", copy.deepcopy(self.model))
+            shard(self.model, self.device_mesh)
+
+    def whole_model(self) -> Pretrained | None:
+        """The model with its present weights; a sharded one as a copy, in the main process."""
+        return whole(self.model, self._plain) if is_sharded(self.model) else self.model
+
+    def unsharded(self) -> Pretrained:
+        """A model like the sharded one, before its training."""
+        return self._plain
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the global batch this process holds."""
+        return Shard(self.global_rank, self.trainer.world_size)
 
     def compile_model(self) -> None:
         """Compile the model in place."""
@@ -103,7 +126,9 @@ class LitModel(L.LightningModule, ABC):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if loss.device.type == "cpu" or (every and self.global_step % every == 0):
             self._refuse_infinite_loss()
-        self.log("loss", loss, prog_bar=True)
+        # The mean of all processes, which waits for them, only where it is written.
+        logged = bool(every) and (self.global_step + 1) % every == 0
+        self.log("loss", loss, prog_bar=True, sync_dist=logged and self.shard.count > 1)
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -118,7 +143,12 @@ class LitModel(L.LightningModule, ABC):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         # The same noise and times in every validation, so that they can be compared.
         generator = torch.Generator().manual_seed(batch_idx)
-        self.log("val_loss", self.loss(batch, generator), batch_size=images_per_batch(batch))
+        self.log(
+            "val_loss",
+            self.loss(batch, generator),
+            batch_size=images_per_batch(batch),
+            sync_dist=self.shard.count > 1,
+        )
 
     def configure_optimizers(self) -> Any:
         try:
@@ -169,9 +199,9 @@ class LitModel(L.LightningModule, ABC):
         return min(done, 1.0)
 
     def _batch_generator(self) -> torch.Generator:
-        """A generator that depends on the seed, the number of the batch and the process."""
+        """A generator that depends on the seed and the number of the batch."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        sequence = seed_sequence(self.seed, batches, self.global_rank)
+        sequence = seed_sequence(self.seed, batches)
         state = sequence.generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -189,7 +219,7 @@ class LitDecoder(LitModel):
     def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         image, label = batch
         cond = label if self.model.conditioning.num_classes else None
-        return self.model.loss(image, cond, generator=generator)
+        return self.model(image, cond, generator=generator, shard=self.shard)
 
 
 class LitTokenizer(LitModel):
@@ -199,7 +229,7 @@ class LitTokenizer(LitModel):
     model: Tokenizer
 
     def loss(self, batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        return self.model.loss(batch[0], generator=generator)
+        return self.model(batch[0], generator=generator, shard=self.shard)
 
 
 class LitPrior(LitModel):
@@ -250,7 +280,7 @@ class LitPrior(LitModel):
         image, label = batch
         codes = self.tokenizer.to(image.device).encode(image)
         cond = label if self.model.conditioning.num_classes else None
-        return self.model.loss(codes, cond, generator=generator)
+        return self.model(codes, cond, generator=generator, shard=self.shard)
 
     def compile_model(self) -> None:
         raise UsageError("compile must be false for a prior, which has no compiled path, got true")

@@ -9,8 +9,8 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import chain, count
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import yaml
 from hydra.utils import get_class, instantiate
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,13 +32,17 @@ from rolldiff.evaluation.measure import device_name
 from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import checkpoint_content, read_checkpoint
+from rolldiff.processes import Processes, are_started, processes
+from rolldiff.processes import start as start_processes
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
 from rolldiff.training.module import LitModel
-from rolldiff.trust import RESUMABLE, escaped, portable, read_run_config, trusted_prefixes
+from rolldiff.training.sharding import is_sharded
+from rolldiff.trust import DEVICES, RESUMABLE, escaped, portable, read_run_config, trusted_prefixes
 
 __all__ = ["Summary", "resumed_config", "train"]
 
+CUDA = ("auto", "cuda", "gpu")  # Lightning's names of accelerators that may be CUDA
 CONFIG, SUMMARY, LAST, CHECKPOINTS = "config.yaml", "summary.json", "last.ckpt", "checkpoints"
 
 
@@ -104,8 +110,11 @@ class WholeCheckpoints(TorchCheckpointIO):
                 raise OSError(f"cannot write {path}: {reason(error)}") from error
 
 
-def train(cfg: DictConfig) -> Summary | None:
+def train(cfg: DictConfig, *, initializer: Callable[[], None] | None = None) -> Summary | None:
     """Train a model as configured, and leave everything in `cfg.run_dir`.
+
+    With several devices, a process is started for each, unless torchrun or SLURM has done so. They
+    share every batch, and train what one process would; the main one writes.
 
     With `cfg.resume`, training continues from the newest checkpoint there, with the batches and the
     noise that would have come next.
@@ -117,32 +126,54 @@ def train(cfg: DictConfig) -> Summary | None:
     Args:
         cfg: the configuration of `rolldiff train`. A `run_dir` of None becomes a new folder, whose
             path is set in `cfg`.
+        initializer: called first in every process that is started.
 
     Returns:
-        The summary; None if `cfg.time_limit` was reached first.
+        The summary; None if `cfg.time_limit` was reached first, and in all processes of torchrun or
+        SLURM but the main one.
 
     Raises:
         UsageError: if `run_dir` is not empty or in use, or a part refuses its configuration.
         hydra.errors.InstantiationException: if a part cannot be built.
         FloatingPointError: if the loss is no longer finite.
         Interrupted: if the process was asked to end, after the checkpoint was saved.
+        OtherProcessError: if another process failed.
         OSError: if the folder cannot be written.
     """
     _validate(cfg)
-    if cfg.resume is not None:
-        folder = Path(cfg.run_dir)
-        with locked(folder, name="resume"):
-            remove_parts(folder)
-            refuse_links(*folder.iterdir())
-            return _train(cfg, folder, newest_checkpoint(folder))
-    with _new_folder(cfg) as folder:
-        return _train(cfg, folder, None)
+    count = _devices(cfg)
+    if count > 1 and not are_started():
+        with ExitStack() as stack:
+            if cfg.run_dir is None:  # so that the caller knows it too
+                stack.callback(_remove_empty, _made_folder(cfg)[1])
+            return start_processes(train, cfg, count=count, initializer=initializer)
+    timeout = duration(cfg.process_timeout, "process_timeout")
+    on_cuda = torch.cuda.is_available() and cfg.trainer.get("accelerator") in CUDA
+    backend = "nccl" if on_cuda else "gloo"
+    with processes(backend=backend, timeout=timeout) as group, ExitStack() as stack:
+        begin = group.on_main(lambda: _opened(cfg, stack))
+        cfg.run_dir, cfg.run_id, found = begin
+        return _train(cfg, Path(cfg.run_dir), found, group=group)
 
 
-def _train(cfg: DictConfig, folder: Path, start: "Checkpoint | None") -> Summary | None:
-    run = _build(cfg, folder, start)
+def _opened(cfg: DictConfig, stack: ExitStack) -> tuple[str, str | None, "Checkpoint | None"]:
+    """The folder, its run's id and what to continue from; the folder is this job's from now on."""
+    if cfg.resume is None:
+        stack.enter_context(_new_folder(cfg))
+        return cfg.run_dir, cfg.run_id, None
+    folder = Path(cfg.run_dir)
+    stack.enter_context(locked(folder, name="resume"))
+    remove_parts(folder)
+    refuse_links(*folder.iterdir())
+    return cfg.run_dir, cfg.run_id, newest_checkpoint(folder)
+
+
+def _train(
+    cfg: DictConfig, folder: Path, start: "Checkpoint | None", *, group: Processes
+) -> Summary | None:
+    run = group.together(lambda: _build(cfg, folder, start, group=group))
     config = _plain(cfg)
-    if start is None:
+    if start is None and group.is_main:
         text = yaml.safe_dump(portable(config, str(folder)), sort_keys=False, allow_unicode=True)
         write_text(folder / CONFIG, text)
     if start is None or not start.finished:
@@ -157,7 +188,7 @@ def _train(cfg: DictConfig, folder: Path, start: "Checkpoint | None") -> Summary
         run.trainer.save_checkpoint(folder / LAST, weights_only=False)
         if run.clock.signal is not None:
             raise Interrupted(run.clock.signal)
-    summary = _finish(cfg, run, folder)
+    summary = _finish(cfg, run, folder, group=group)
     if wandb := sys.modules.get("wandb"):  # otherwise the next job of a sweep would log to this run
         wandb.finish()
     return summary
@@ -175,18 +206,23 @@ def _fit(run: _Run, start: "Checkpoint | None", *, config: dict[str, Any]) -> No
         raise
 
 
-def _finish(cfg: DictConfig, run: _Run, folder: Path) -> Summary:
-    """Everything after the training, from the checkpoint alone."""
+def _finish(cfg: DictConfig, run: _Run, folder: Path, *, group: Processes) -> Summary | None:
+    """Everything after the training, from the checkpoint alone; None but on the main process."""
     lit, data, trainer, report, clock = run
     checkpoint = torch.load(folder / LAST, map_location="cpu", weights_only=True)
+    if is_sharded(lit.model):
+        lit.model = lit.unsharded()
     lit.load_state_dict(checkpoint["state_dict"])  # averaged, where weights were averaged
     clock.load_state_dict(checkpoint["callbacks"][clock.state_key])
     steps = int(checkpoint["global_step"])
     model = lit.to(trainer.strategy.root_device).eval().model
-    model.save_pretrained(folder)
+    if group.is_main:
+        model.save_pretrained(folder)
     held_out = report.held_out and data.held_out
     image, label = data.held_out_images if held_out else (data.image, data.label)
-    found = report(model, image, label=label, folder=folder, seed=cfg.seed)
+    found = report(model, image, label=label, folder=folder, seed=cfg.seed, group=group)
+    if found is None:
+        return None
     summary = Summary(
         seconds=clock.seconds,
         images_seen=clock.images_seen,
@@ -204,11 +240,12 @@ def _finish(cfg: DictConfig, run: _Run, folder: Path) -> Summary:
     return summary
 
 
-def resumed_config(cfg: DictConfig) -> DictConfig:
+def resumed_config(cfg: DictConfig, *, given: Collection[str] = ()) -> DictConfig:
     """The saved configuration of a stopped run, with today's values of the `RESUMABLE` settings.
 
     Args:
         cfg: the configuration of a command with `resume`, the folder of the run.
+        given: names of settings in the command, whose `DEVICES` are taken too.
 
     Raises:
         UsageError: if the folder holds no stopped run with a checkpoint, or its configuration asks
@@ -222,6 +259,8 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     saved = read_run_config(folder / CONFIG, trust=cfg.trust)
     now = {"run_dir": escaped(folder)} | {key: cfg[key] for key in RESUMABLE}
     merged = OmegaConf.merge(saved, now)
+    for key in set(DEVICES) & set(given):
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -321,13 +360,23 @@ def _validate(cfg: DictConfig) -> None:
             raise UsageError(f"{name} must be true or false, got {cfg[name]!r}")
 
 
-def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
+def _devices(cfg: DictConfig) -> int:
+    """The devices on this machine that a training is configured for."""
+    devices = cfg.trainer.get("devices", 1)
+    if devices in (1, "1"):
+        return 1
+    # Which there are, Lightning knows.
+    return _instantiate(cfg.trainer, logger=False, callbacks=[], default_root_dir=None).num_devices
+
+
+def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Processes) -> _Run:
     """Build all parts, and refuse what could only fail after the training."""
     # Lightning seeds NumPy too, which takes 32 bits.
     seed = cfg.seed if cfg.seed < 2**32 else np.random.SeedSequence(cfg.seed).generate_state(1)[0]
     L.seed_everything(int(seed), verbose=False)
-    data = _instantiate(cfg.data)
-    _set_classes(cfg, data)
+    with group.main_first():  # it may download
+        data = _instantiate(cfg.data)
+        _set_classes(cfg, data)
     # The weights of a resumed run are read first, and with them the model is the file's, bounded by
     # what the file holds, and not whatever the configuration asks for.
     kind = get_class(cfg.lit._target_).kind
@@ -349,7 +398,7 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
         if not isinstance(callback, L.Callback):
             raise UsageError(f"callbacks.{name} must be null or a callback, got {callback!r}")
         callbacks.append(callback)
-    clock = Clock(cfg.time_limit, folder / LAST)
+    clock = Clock(cfg.time_limit, folder / LAST, group=group)
     callbacks.append(clock)
     logger = cfg.get("logger")  # ~logger leaves it out
     options: dict[str, Any] = {"logger": _instantiate(logger) if logger else False}
@@ -358,8 +407,23 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     else:
         options["enable_progress_bar"] = False
     options["plugins"] = [*_instantiate(cfg.trainer.get("plugins") or []), WholeCheckpoints()]
+    if group.size > 1:
+        nodes = group.size // group.local_size
+        options |= {"devices": _device_list(cfg, group), "num_nodes": nodes}
+        options["plugins"].append(TorchElasticEnvironment())
+    else:
+        # Not what SLURM says of the job: its other tasks are none of this training.
+        options |= {"strategy": "auto", "num_nodes": 1}
+        options["plugins"].append(LightningEnvironment())
     trainer = _instantiate(cfg.trainer, callbacks=callbacks, **options)
     return _Run(lit, data, trainer, report, clock)
+
+
+def _device_list(cfg: DictConfig, group: Processes) -> Any:
+    """The devices of the processes on a machine: a list if one was chosen, or their number."""
+    devices = cfg.trainer.get("devices")
+    chosen = OmegaConf.is_list(devices) and len(devices) == group.local_size
+    return list(devices) if chosen else group.local_size
 
 
 def _instantiate(cfg: Any, **others: Any) -> Any:
@@ -458,7 +522,11 @@ def _has_begun(folder: Path) -> bool:
 def _remove(folder: Path, made: list[Path]) -> None:
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for path in reversed(made):
+    _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
         try:
             path.rmdir()
         except OSError:  # another job's run is beside this one
