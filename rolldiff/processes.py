@@ -23,10 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import distributed
 
-from rolldiff.errors import UsageError
+from rolldiff import slurm
 from rolldiff.signals import Interrupted, handled, raised
 
-__all__ = ["OtherProcessError", "Processes", "are_started", "processes", "start"]
+__all__ = ["OtherProcessError", "Processes", "are_started", "is_lost", "processes", "start"]
 
 T = TypeVar("T")
 
@@ -141,7 +141,14 @@ class Processes:
 
 def are_started() -> bool:
     """Whether this process is one of several that torchrun, SLURM's srun or `start` started."""
-    return "WORLD_SIZE" in os.environ or _is_slurm_task()
+    return "WORLD_SIZE" in os.environ or slurm.is_task()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process did not answer; gloo says it in words alone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    kinds = (distributed.DistBackendError, distributed.DistNetworkError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 @contextmanager
@@ -155,8 +162,8 @@ def processes(*, backend: str = "gloo", timeout: timedelta = HALF_HOUR) -> Itera
     Raises:
         UsageError: if SLURM started a different number of tasks on each node.
     """
-    if "WORLD_SIZE" not in os.environ and _is_slurm_task():
-        os.environ.update(_slurm_environment())
+    if "WORLD_SIZE" not in os.environ and slurm.is_task():
+        os.environ.update(slurm.task_environment())
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()
@@ -173,35 +180,6 @@ def processes(*, backend: str = "gloo", timeout: timedelta = HALF_HOUR) -> Itera
         )
     finally:
         distributed.destroy_process_group()
-
-
-def _is_slurm_task() -> bool:
-    # A step of srun. The script of a batch job and an interactive shell are none, though SLURM
-    # tells them the number of tasks that they may start.
-    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
-def _slurm_environment() -> dict[str, str]:
-    """What torchrun would set for a task of srun."""
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-    slurm = SLURMEnvironment(auto_requeue=False)
-    size, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
-    if size % nodes:
-        raise UsageError(
-            f"srun must start as many tasks on every node, got {size} tasks on {nodes} nodes; say "
-            "--ntasks-per-node"
-        )
-    nodelist = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(size // nodes),
-        "GROUP_RANK": os.environ["SLURM_NODEID"],
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or slurm.resolve_root_node_address(nodelist),
-        "MASTER_PORT": str(slurm.main_port),
-    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,13 +315,17 @@ def _failure(failed: int, jobs: Sequence[Any], reports: Sequence[Connection]) ->
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return OtherProcessError(f"process {failed} of {len(jobs)} was {how}, and the job with it")
     # What it complains of may be the failure of another one.
-    first = said[failed]
-    if isinstance(first.error, OtherProcessError):
-        others = (r for r in said.values() if r.error is not None)
-        first = next((r for r in others if not isinstance(r.error, OtherProcessError)), first)
+    causes = [r for r in said.values() if r.error is not None and not _follows(r.error)]
+    first = said[failed] if not _follows(said[failed].error) else next(iter(causes), said[failed])
     assert first.error is not None
     first.error.__cause__ = first.cause or _RemoteTracebackError(first.trace)
     return first.error
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Whether an error is only that another process has failed."""
+    lost = isinstance(error, RuntimeError) and is_lost(error)
+    return lost or isinstance(error, OtherProcessError)
 
 
 def _work(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rolldiff import slurm
+
 __all__ = ["Interrupted", "handled", "raised"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send before they kill
@@ -30,14 +32,15 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle both signals in a block; the handlers before it return afterwards.
+    """Handle these signals in a block; the handlers before it return afterwards.
 
     Only the main thread can do so; elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    signals = (*SIGNALS, *slurm.signals())
+    before = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield
     finally:
@@ -46,7 +49,7 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def raised() -> Any:
-    """A block in which both signals raise `Interrupted`."""
+    """A block in which these signals raise `Interrupted`."""
 
     def handler(signum: int, frame: Any) -> None:
         raise Interrupted(signum)

@@ -12,7 +12,9 @@ import rolldiff
 from rolldiff import Decoder
 
 LEVELS = [
-    ["errors", "progress", "shell", "signals"],
+    ["errors", "progress", "shell"],
+    ["slurm"],
+    ["signals"],
     ["files", "processes"],
     ["device", "hub"],
     ["trust"],

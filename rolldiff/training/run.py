@@ -27,12 +27,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
+from rolldiff import slurm
 from rolldiff.errors import UsageError, reason, warn_user, whole_number
 from rolldiff.evaluation.measure import device_name
 from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import checkpoint_content, read_checkpoint
-from rolldiff.processes import Processes, are_started, processes
+from rolldiff.processes import OtherProcessError, Processes, are_started, is_lost, processes
 from rolldiff.processes import start as start_processes
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
@@ -43,6 +44,7 @@ from rolldiff.trust import DEVICES, RESUMABLE, escaped, portable, read_run_confi
 __all__ = ["Summary", "resumed_config", "train"]
 
 CUDA = ("auto", "cuda", "gpu")  # Lightning's names of accelerators that may be CUDA
+RUNS = Path("runs")
 CONFIG, SUMMARY, LAST, CHECKPOINTS = "config.yaml", "summary.json", "last.ckpt", "checkpoints"
 
 
@@ -76,6 +78,13 @@ class Summary:
         found = self.report.values.get("fd_pixels")
         values = found.values() if isinstance(found, dict) else [found]
         return min((float(value) for value in values if value is not None), default=np.inf)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Summary":
+        """Read what `write` has written; the report has its values alone."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        own = {f.name: values.pop(f.name) for f in fields(cls) if f.name != "report"}
+        return cls(**own, report=Report(values, "finished before", ""))
 
     def write(self, path: str | Path) -> None:
         """Write the summary as flat JSON."""
@@ -140,6 +149,13 @@ def train(cfg: DictConfig, *, initializer: Callable[[], None] | None = None) -> 
         OtherProcessError: if another process failed.
         OSError: if the folder cannot be written.
     """
+    if cfg.resume is None and (folder := _begun_by_this_job(cfg)) is not None:
+        if _is_finished(folder):
+            return Summary.read(folder / SUMMARY)
+        cfg.run_dir = escaped(folder)
+        if _checkpoint_files(folder):
+            cfg.resume = cfg.run_dir
+            cfg = resumed_config(cfg, given=DEVICES)
     _validate(cfg)
     count = _devices(cfg)
     if count > 1 and not are_started():
@@ -153,7 +169,27 @@ def train(cfg: DictConfig, *, initializer: Callable[[], None] | None = None) -> 
     with processes(backend=backend, timeout=timeout) as group, ExitStack() as stack:
         begin = group.on_main(lambda: _opened(cfg, stack))
         cfg.run_dir, cfg.run_id, found = begin
-        return _train(cfg, Path(cfg.run_dir), found, group=group)
+        try:
+            return _train(cfg, Path(cfg.run_dir), found, group=group)
+        except Interrupted as stop:
+            if stop.name == slurm.REQUEUE and group.is_main:
+                slurm.requeue()
+            raise
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise OtherProcessError(
+                "another process ended, or did not answer within process_timeout="
+                f"{cfg.process_timeout}; the last checkpoint is kept"
+            ) from error
+
+
+def _begun_by_this_job(cfg: DictConfig) -> Path | None:
+    """The folder of the run that this SLURM job had begun before it was queued again."""
+    if not slurm.restarted():
+        return None
+    folder = RUNS / _first_name() if cfg.run_dir is None else Path(str(cfg.run_dir)).expanduser()
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def _opened(cfg: DictConfig, stack: ExitStack) -> tuple[str, str | None, "Checkpoint | None"]:
@@ -366,7 +402,9 @@ def _devices(cfg: DictConfig) -> int:
     if devices in (1, "1"):
         return 1
     # Which there are, Lightning knows.
-    return _instantiate(cfg.trainer, logger=False, callbacks=[], default_root_dir=None).num_devices
+    plugins = [LightningEnvironment()]
+    trainer = _instantiate(cfg.trainer, logger=False, callbacks=[], plugins=plugins)
+    return trainer.num_devices
 
 
 def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Processes) -> _Run:
@@ -464,8 +502,12 @@ def _new_folder(cfg: DictConfig) -> Iterator[Path]:
     Otherwise the corrected command would be refused too, because the folder is no longer empty.
     """
     folder, made = _made_folder(cfg)
-    _refuse_other_files(folder)
+    again = _begun_by_this_job(cfg) is not None
+    if not again:
+        _refuse_other_files(folder)
     with locked(folder):
+        if again:  # it had no checkpoint yet
+            _clear(folder, keep=LOCK)
         _refuse_other_files(folder)  # again: another job may have been here since
         try:
             yield folder
@@ -483,11 +525,12 @@ def _refuse_other_files(folder: Path) -> None:
 def _made_folder(cfg: DictConfig) -> tuple[Path, list[Path]]:
     """The run's folder, and which folders were made for it, from the outermost on.
 
-    A `run_dir` of None becomes `runs/DATE_TIME`, numbered if another job started in this second.
+    A `run_dir` of None becomes `runs/DATE_TIME`, numbered if another job started in this second, or
+    `runs/slurm-JOB`.
     """
     candidates: Iterator[Path]
     if cfg.run_dir is None:
-        name = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        name = RUNS / _first_name()
         candidates = chain([name], (name.with_name(f"{name.name}-{n}") for n in count(2)))
     else:
         if not str(cfg.run_dir).strip():
@@ -514,15 +557,26 @@ def _made_folder(cfg: DictConfig) -> tuple[Path, list[Path]]:
     raise AssertionError("unreachable")
 
 
+def _first_name() -> str:
+    """The name of a run without one: that of the SLURM job, which finds it again, or the time."""
+    job = slurm.job()
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}" if job is None else f"slurm-{job}"
+
+
 def _has_begun(folder: Path) -> bool:
     """Whether there is anything to keep: a checkpoint, or the log of some steps."""
     return bool(_checkpoint_files(folder)) or (folder / "logs").exists()
 
 
 def _remove(folder: Path, made: list[Path]) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _clear(folder)
     _remove_empty(made)
+
+
+def _clear(folder: Path, *, keep: str | None = None) -> None:
+    for path in folder.iterdir():
+        if path.name != keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _remove_empty(folders: list[Path]) -> None:
