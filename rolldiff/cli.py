@@ -143,7 +143,7 @@ def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> float | None:
         cfg = resumed_config(cfg, given=given)
     try:
         summary = run(cfg, initializer=_quiet_lightning)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OtherProcessError):
         if cfg.run_dir is not None and Path(cfg.run_dir, "config.yaml").is_file():
             print(f"\nResume with:\n  {_resume(cfg)}", file=sys.stderr)
         raise

@@ -357,6 +357,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert status == 2
     assert "heads" in text
     assert not list(tmp_path.iterdir()) or not list((tmp_path / "runs").iterdir())
+    status, text = line("trainer.strategy=ddp_spawn", "run_dir=deep/run")
+    assert status == 2
+    assert "trainer.strategy must be one that starts no processes" in text
+    assert not (tmp_path / "deep").exists()
     status, text = line("run_dir=full", limit=20_000)
     assert status == 1
     assert "full" in text

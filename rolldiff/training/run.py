@@ -6,6 +6,7 @@ alone, and made again if the run is killed meanwhile. Every file appears whole o
 """
 
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -24,6 +25,7 @@ import yaml
 from hydra.utils import get_class, instantiate
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
@@ -45,6 +47,7 @@ __all__ = ["Summary", "resumed_config", "train"]
 
 CUDA = ("auto", "cuda", "gpu")  # Lightning's names of accelerators that may be CUDA
 RUNS = Path("runs")
+MAX_DEVICES = 256  # of a machine
 CONFIG, SUMMARY, LAST, CHECKPOINTS = "config.yaml", "summary.json", "last.ckpt", "checkpoints"
 
 
@@ -157,8 +160,7 @@ def train(cfg: DictConfig, *, initializer: Callable[[], None] | None = None) -> 
             cfg.resume = cfg.run_dir
             cfg = resumed_config(cfg, given=DEVICES)
     _validate(cfg)
-    count = _devices(cfg)
-    if count > 1 and not are_started():
+    if not are_started() and (count := _devices(cfg)) > 1:
         with ExitStack() as stack:
             if cfg.run_dir is None:  # so that the caller knows it too
                 stack.callback(_remove_empty, _made_folder(cfg)[1])
@@ -296,7 +298,8 @@ def resumed_config(cfg: DictConfig, *, given: Collection[str] = ()) -> DictConfi
     now = {"run_dir": escaped(folder)} | {key: cfg[key] for key in RESUMABLE}
     merged = OmegaConf.merge(saved, now)
     for key in set(DEVICES) & set(given):
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            OmegaConf.update(merged, key, value)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -391,6 +394,11 @@ def _validate(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=missing, throw_on_missing=False)
         if value is not missing and not (value is None and key.startswith("trainer.")):
             whole_number(value, key, minimum=minimum)
+    if not duration(cfg.process_timeout, "process_timeout"):
+        raise UsageError(f"process_timeout must be above 0, got {cfg.process_timeout}")
+    # Lightning's name for a strategy that shards neither the average nor what is saved.
+    if str(cfg.trainer.get("strategy")).startswith("fsdp"):
+        raise UsageError("trainer.strategy must be ddp, or left to trainer=fsdp, got fsdp")
     for name in ("progress", "compile"):
         if not isinstance(cfg[name], bool):
             raise UsageError(f"{name} must be true or false, got {cfg[name]!r}")
@@ -398,12 +406,23 @@ def _validate(cfg: DictConfig) -> None:
 
 def _devices(cfg: DictConfig) -> int:
     """The devices on this machine that a training is configured for."""
+    if (nodes := cfg.trainer.get("num_nodes", 1)) != 1:
+        raise UsageError(
+            f"trainer.num_nodes must be 1 unless torchrun or srun starts the processes, got {nodes}"
+        )
     devices = cfg.trainer.get("devices", 1)
     if devices in (1, "1"):
         return 1
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        whole_number(devices, "trainer.devices", minimum=-1, maximum=MAX_DEVICES)
     # Which there are, Lightning knows.
     plugins = [LightningEnvironment()]
     trainer = _instantiate(cfg.trainer, logger=False, callbacks=[], plugins=plugins)
+    most = max(os.cpu_count() or 1, 8)  # on a CPU Lightning takes any number
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+        raise UsageError(
+            f"trainer.devices must be {most} at most on this CPU, got {trainer.num_devices}"
+        )
     return trainer.num_devices
 
 
@@ -454,6 +473,11 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
         options |= {"strategy": "auto", "num_nodes": 1}
         options["plugins"].append(LightningEnvironment())
     trainer = _instantiate(cfg.trainer, callbacks=callbacks, **options)
+    if trainer.strategy.launcher is not None:
+        raise UsageError(
+            "trainer.strategy must be one that starts no processes, such as ddp, got "
+            f"{cfg.trainer.get('strategy')}"
+        )
     return _Run(lit, data, trainer, report, clock)
 
 
