@@ -396,9 +396,13 @@ def _validate(cfg: DictConfig) -> None:
             whole_number(value, key, minimum=minimum)
     if not duration(cfg.process_timeout, "process_timeout"):
         raise UsageError(f"process_timeout must be above 0, got {cfg.process_timeout}")
-    # Lightning's name for a strategy that shards neither the average nor what is saved.
-    if str(cfg.trainer.get("strategy")).startswith("fsdp"):
-        raise UsageError("trainer.strategy must be ddp, or left to trainer=fsdp, got fsdp")
+    # Of Lightning's names, those that would start processes again, and one that shards neither the
+    # average nor what is saved.
+    strategy = str(cfg.trainer.get("strategy"))
+    if strategy.startswith("fsdp") or strategy.endswith(("spawn", "fork", "notebook")):
+        raise UsageError(
+            f"trainer.strategy must be auto, ddp, or left to trainer=fsdp, got {strategy}"
+        )
     for name in ("progress", "compile"):
         if not isinstance(cfg[name], bool):
             raise UsageError(f"{name} must be true or false, got {cfg[name]!r}")
@@ -473,11 +477,6 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
         options |= {"strategy": "auto", "num_nodes": 1}
         options["plugins"].append(LightningEnvironment())
     trainer = _instantiate(cfg.trainer, callbacks=callbacks, **options)
-    if trainer.strategy.launcher is not None:
-        raise UsageError(
-            "trainer.strategy must be one that starts no processes, such as ddp, got "
-            f"{cfg.trainer.get('strategy')}"
-        )
     return _Run(lit, data, trainer, report, clock)
 
 
