@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     draw = random.Random(options.seed)
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # of one process as of two: the network is too small for more
+    )
     with tempfile.TemporaryDirectory() as root:
         one, two = Path(root, "one"), Path(root, "two")
         for folder, devices in ((one, 1), (two, 2)):
@@ -133,7 +136,9 @@ def main() -> None:
             words = command(folder, steps=options.steps, devices=devices)
             subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             duration = time.monotonic() - start
-        kills, trainings, identical, seconds, lines = Counter(), 0, 0, [], Counter()
+        kills: Counter[str] = Counter()
+        lines: Counter[str] = Counter()
+        trainings, identical, seconds = 0, 0, []
         while sum(kills.values()) < options.kills or (Path(root) / f"run{trainings}").exists():
             folder = Path(root) / f"run{trainings}"
             victim = VICTIMS[sum(kills.values()) % len(VICTIMS)]
@@ -148,7 +153,7 @@ def main() -> None:
                 print(
                     f"{victim} after {wait:.1f} s, all gone after {took:.1f} s: {line}", flush=True
                 )
-            else:
+            if (folder / "summary.json").exists():
                 trainings += 1
                 identical += weights(folder) == weights(two)
                 print(f"training {trainings} ended, {identical} identical", flush=True)

@@ -1197,7 +1197,9 @@ def _list(items: Sequence[object]) -> str:
 def _randn_like(
     x: Float[Tensor, "B N D"], generator: torch.Generator | None, *, shard: Shard
 ) -> Float[Tensor, "B N D"]:
-    """Unit noise, the same for an example whichever process holds it."""
+    """Unit noise; with a generator the same for an example whichever process holds it."""
+    if generator is None:
+        return torch.randn_like(x)
     seeds = shard.rows(torch.randint(2**62, (len(x) * shard.count,), generator=generator))
     own, eps = torch.Generator(x.device), torch.empty_like(x)
     for row, seed in zip(eps, seeds.tolist(), strict=True):

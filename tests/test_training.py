@@ -5,7 +5,6 @@ import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
 
 from rolldiff import Decoder, TokenGrid
@@ -14,7 +13,15 @@ from rolldiff.data import Digits
 from rolldiff.errors import UsageError
 from rolldiff.hub import read_checkpoint
 from rolldiff.tokenizer import Encoder, Prior, Tokenizer
-from rolldiff.training import Clock, LitDecoder, LitPrior, LitTokenizer, SampleGrid, train
+from rolldiff.training import (
+    AveragedWeights,
+    Clock,
+    LitDecoder,
+    LitPrior,
+    LitTokenizer,
+    SampleGrid,
+    train,
+)
 
 QUIET = {
     "accelerator": "cpu",
@@ -33,7 +40,7 @@ def decoder():
 
 
 def test_a_checkpoint_holds_averaged_weights_and_plain_containers(decoder, tmp_path):
-    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[EMAWeightAveraging(decay=0.5)])
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[AveragedWeights(decay=0.5)])
     lit = LitDecoder(decoder, warmup_steps=0)
     start = {n: p.clone() for n, p in lit.named_parameters()}
     trainer.fit(lit, Digits(batch_size=8, max_steps=4))
@@ -97,7 +104,7 @@ def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
 
     seen = []
     watch = Watch(str(tmp_path), num_groups=(1,), steps=1, count=2)
-    average = EMAWeightAveraging(decay=0.5)
+    average = AveragedWeights(decay=0.5)
     trainer = L.Trainer(
         **QUIET,
         max_steps=3,
@@ -154,7 +161,7 @@ def test_the_tokenizer_of_a_prior_is_frozen_and_not_saved(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     lit = LitPrior(make_prior, tokenizer=tmp_path / "tokenizer", warmup_steps=0)
     before = {name: p.clone() for name, p in lit.tokenizer.named_parameters()}
-    trainer = L.Trainer(**QUIET, max_steps=2, callbacks=[EMAWeightAveraging(decay=0.5)])
+    trainer = L.Trainer(**QUIET, max_steps=2, callbacks=[AveragedWeights(decay=0.5)])
     trainer.fit(lit, Digits(batch_size=8, max_steps=2))
     assert all(torch.equal(p, before[name]) for name, p in lit.tokenizer.named_parameters())
     assert all(name.startswith("model.") for name in lit.state_dict())
