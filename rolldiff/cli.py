@@ -37,6 +37,7 @@ from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
 from rolldiff.errors import UsageError, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
+from rolldiff.objective import FD_PIXELS, objective
 from rolldiff.shell import command_line
 from rolldiff.signals import Interrupted, raised
 from rolldiff.trust import RESUMABLE, trusted_prefixes
@@ -116,7 +117,7 @@ def train(cfg: DictConfig) -> float | None:
     """Train a model or resume its training, and print what to do next.
 
     Returns:
-        The smallest distance that was measured, for sweeps that search; None if the training was
+        The number that `optimized_metric` names, for sweeps that search; None if the training was
         stopped before its end.
     """
     from rolldiff.training.run import resumed_config
@@ -140,7 +141,7 @@ def train(cfg: DictConfig) -> float | None:
     print(f"\n{summary.report.table}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen, saved in {cfg.run_dir}")
     print(f"Next:\n  {summary.report.try_next}")
-    return summary.objective
+    return objective(summary.values, cfg.get("optimized_metric", FD_PIXELS))
 
 
 def decode(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from rolldiff import Decoder
 
 LEVELS = [
     ["errors", "progress", "shell", "signals"],
-    ["files"],
+    ["files", "objective"],
     ["device", "hub"],
     ["trust"],
     ["diffusion"],

@@ -30,6 +30,7 @@ from rolldiff.evaluation.measure import device_name
 from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import checkpoint_content, read_checkpoint
+from rolldiff.objective import FD_PIXELS, check_objective
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
 from rolldiff.training.module import LitModel
@@ -65,16 +66,14 @@ class Summary:
     report: Report
 
     @property
-    def objective(self) -> float:
-        """The smallest reported distance, for sweeps that search; infinity if there is none."""
-        found = self.report.values.get("fd_pixels")
-        values = found.values() if isinstance(found, dict) else [found]
-        return min((float(value) for value in values if value is not None), default=np.inf)
+    def values(self) -> dict[str, Any]:
+        """Everything, with what the report holds beside the rest."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "report"}
+        return values | self.report.values
 
     def write(self, path: str | Path) -> None:
-        """Write the summary as flat JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "report"}
-        write_text(path, json.dumps(values | self.report.values, indent=2) + "\n")
+        """Write the summary as JSON."""
+        write_text(path, json.dumps(self.values, indent=2) + "\n")
 
 
 class _Run(NamedTuple):
@@ -338,6 +337,9 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None) -> _Run:
     lit = _instantiate(cfg.lit, **model)
     report = _instantiate(cfg.report)
     report.validate(lit.model)
+    if known := report.number_names():
+        own = [field.name for field in fields(Summary) if field.type in (int, float)]
+        check_objective(cfg.get("optimized_metric", FD_PIXELS), [*own, *known])
     if cfg.compile:
         lit.compile_model()
     parts = cfg.get("callbacks") or {}
