@@ -14,7 +14,7 @@ from rolldiff import Decoder
 LEVELS = [
     ["errors", "progress", "shell", "signals"],
     ["files", "objective"],
-    ["device", "hub"],
+    ["device", "hub", "jobs"],
     ["trust"],
     ["diffusion"],
     ["conditioning"],
