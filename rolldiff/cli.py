@@ -326,11 +326,17 @@ def _served(cfg: DictConfig) -> "Served":
     )
 
 
-def bench(cfg: DictConfig) -> None:
+def bench(cfg: DictConfig) -> Outcome | None:
     """Measure quality against cost, and print the path of the report."""
     from rolldiff.evaluation.sweep import bench as run
+    from rolldiff.evaluation.sweep import smallest_distance
 
-    print(run(cfg, conf=config_dir()) / "report.md")
+    folder = run(cfg, conf=config_dir())
+    print(folder / "report.md")
+    if not HydraConfig.initialized():  # not in a sweep; another process may still be writing
+        return None
+    metric, values = smallest_distance(folder)
+    return Outcome(metric=metric, objective=values[metric], values=values)
 
 
 def likelihood(cfg: DictConfig) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -401,3 +402,69 @@ def test_an_interruption_ends_a_sweep_and_leaves_its_table(launcher, tmp_path):
     table = rows(tmp_path / "sweep")
     assert [row["job"] for row in table] == begun
     assert {row["state"] for row in table} == {"stopped"}
+
+
+# Benchmarks
+
+
+BENCH = ["bench.steps=[2]", "bench.joint_steps=[]", "bench.seeds=[0]", "bench.samples=40"]
+BENCH += ["bench.features=[pixels]", "bench.num_groups=[1,2,4]"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two trainings, of seeds 0 and 1."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = rolldiff("train", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=runs", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+@pytest.mark.slow
+def test_a_sweep_of_benchmarks_writes_each_into_its_folder(runs, tmp_path):
+    ask = [f"ckpt={runs / '0'},{runs / '1'},nowhere", "hydra.sweep.dir=sweep"]
+    done = rolldiff("bench", "-m", *BENCH, *ask, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    table = rows(tmp_path / "sweep")
+    assert [row["state"] for row in table] == ["finished", "finished", "failed"]
+    for i, row in enumerate(table[:2]):
+        folder = Path(row["folder"])
+        assert folder == tmp_path / "sweep" / str(i)
+        assert (folder / "report.md").is_file()
+        lines = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+        distances = {line["num_groups"]: line["metrics"]["fd_pixels"]["mean"] for line in lines}
+        assert len(distances) == 3
+        assert float(row["objective"]) == min(distances.values())
+        assert distances[int(row["reported.num_groups"])] == float(row["reported.fd_pixels"])
+        assert not (runs / str(i) / "bench").exists()
+    assert "fd_pixels" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_benchmarks_of_one_folder_do_not_mix(runs, tmp_path):
+    """The second is refused while the first is at work, and adds its lines afterwards."""
+    ask = ["bench", *BENCH, "run_dir=here", f"ckpt={runs / '0'}"]
+    results = tmp_path / "here/results.jsonl"
+    first = subprocess.Popen([*COMMAND, *ask], cwd=tmp_path, env=ENVIRONMENT)
+    while not (results.exists() and results.read_text()):
+        assert first.poll() is None
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # until the second has come to the folder
+    try:
+        before = results.read_text()
+        assert 1 <= before.count("\n") < 3
+        refused = rolldiff(*ask, "bench.steps=[3]", cwd=tmp_path)
+        assert results.read_text() == before
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
+    assert refused.returncode == 2
+    line = "rolldiff: run_dir must be a folder that no other job is writing to, got here\n"
+    assert refused.stderr == line
+    whole = results.read_text()
+    assert whole.startswith(before)
+    again = rolldiff(*ask, "bench.steps=[3]", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert results.read_text().startswith(whole)
+    steps = [json.loads(line)["steps"] for line in results.read_text().splitlines()]
+    assert steps == [2, 2, 2, 3, 3, 3]
