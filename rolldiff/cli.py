@@ -1,7 +1,8 @@
 """The command line: `rolldiff train | decode | serve | bench | …`, configured by Hydra.
 
 A command composes its configuration once and builds its parts once, before it writes anything.
-Flags such as `-m`, `--cfg` and `--help` are Hydra's own, and with them Hydra runs the command.
+With `-m`, or a file of settings that says so, it runs a sweep. Other flags, such as `--cfg` and
+`--help`, are Hydra's own, and with them Hydra runs the command.
 
 A mistake of the user ends in one line on standard error and exit status 2; a file that cannot be
 read or written, a lack of memory, and a training whose loss is not finite, in one line and status
@@ -10,35 +11,40 @@ everything does if HYDRA_FULL_ERROR is set. In a sweep, a job that fails does no
 """
 
 import logging
-import math
 import os
+import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import hydra
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import rolldiff
 from rolldiff.conditioning import ClassLabels, Conditioning
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
-from rolldiff.errors import UsageError, whole_number
+from rolldiff.errors import UsageError, reason, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
+from rolldiff.jobs import Outcome, Sweep
+from rolldiff.objective import FD_PIXELS, objective
 from rolldiff.processes import OtherProcessError
-from rolldiff.shell import command_line
+from rolldiff.shell import command_line, setting
 from rolldiff.signals import Interrupted, raised
 from rolldiff.trust import DEVICES, RESUMABLE, trusted_prefixes
 
@@ -65,6 +71,8 @@ rolldiff COMMAND --help lists the settings, rolldiff COMMAND --cfg job prints th
 
 OUT_OF_MEMORY = "out of memory; a smaller batch_size, image or network needs less"
 
+PLUGINS = ("joblib", "optuna", "submitit_local", "submitit_slurm")  # Hydra's own, of an extra
+
 MAX_IMAGES, MAX_PER_PAGE = 10**7, 4096
 
 
@@ -88,16 +96,23 @@ def main(argv: list[str] | None = None) -> None:
         _quiet_warnings()
         if command == "train":
             _refuse_settings_beside_resume(overrides)
-        if any(override.startswith("-") for override in overrides):
+        flags = [override for override in overrides if override.startswith("-")]
+        if not flags:
+            _run(command, overrides)
+        elif not {"-m", "--multirun"} & set(flags):
             _run_by_hydra(command, overrides)
-            return
-        _call(command, _composed(command, overrides), overrides)
+        elif len(flags) == 1:
+            _sweep(command, [override for override in overrides if override not in flags])
+        else:
+            raise UsageError(
+                f"-m must come without other flags, got {' '.join(flags)}; "
+                "hydra.searchpath=[FOLDER] adds a folder of settings"
+            )
 
 
-def _call(command: str, cfg: DictConfig, overrides: Sequence[str]) -> float | None:
-    if command == "train":
-        return train(cfg, given=_names(overrides))
-    return COMMANDS[command](cfg)
+def _call(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Outcome | None:
+    function = COMMANDS[command]
+    return train(cfg, given=_names(overrides)) if function is train else function(cfg)
 
 
 def _names(overrides: Sequence[str]) -> list[str]:
@@ -114,26 +129,29 @@ def config_dir() -> Path:
     raise UsageError(f"the folder conf must be inside {package} or beside it, and is missing")
 
 
-def _composed(command: str, overrides: list[str]) -> DictConfig:
+def _run(command: str, overrides: list[str]) -> None:
+    """Run a command once, or a sweep if a file of settings says so."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
-            return compose(command, overrides)
+            cfg = compose(command, overrides, return_hydra_config=True)
         except ValueError as error:  # such as logger=null
             raise UsageError(
                 f"settings must be a choice of a group or ~GROUP for none: {error}"
             ) from error
+    if cfg.hydra.mode == RunMode.MULTIRUN:
+        _sweep(command, overrides)
+        return
+    with open_dict(cfg):
+        del cfg["hydra"]
+    _call(command, cfg, overrides)
 
 
-def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> float | None:
+def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> Outcome:
     """Train a model or resume its training, and print what to do next.
 
     Args:
         cfg: the settings.
         given: the names of those in the command.
-
-    Returns:
-        The smallest distance that was measured, for sweeps that search; None if the training was
-        stopped before its end.
     """
     from rolldiff.training.run import resumed_config
     from rolldiff.training.run import train as run
@@ -149,13 +167,15 @@ def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> float | None:
         raise
     if summary is None:
         if int(os.environ.get("RANK", "0")):
-            return None
+            return Outcome(finished=False)
         print(f"\nStopped at the time limit and saved. Next:\n  {_resume(cfg)}")
-        return None
+        return Outcome(finished=False)
     print(f"\n{summary.report.table}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen, saved in {cfg.run_dir}")
     print(f"Next:\n  {summary.report.try_next}")
-    return summary.objective
+    metric = cfg.get("optimized_metric", FD_PIXELS)
+    number = objective(summary.values, metric)
+    return Outcome(metric=metric, objective=number, values=summary.values)
 
 
 def decode(cfg: DictConfig) -> None:
@@ -321,11 +341,17 @@ def _served(cfg: DictConfig) -> "Served":
     )
 
 
-def bench(cfg: DictConfig) -> None:
+def bench(cfg: DictConfig) -> Outcome | None:
     """Measure quality against cost, and print the path of the report."""
     from rolldiff.evaluation.sweep import bench as run
+    from rolldiff.evaluation.sweep import smallest_distance
 
-    print(run(cfg, conf=config_dir()) / "report.md")
+    folder = run(cfg, conf=config_dir())
+    print(folder / "report.md")
+    if not HydraConfig.initialized():  # not in a sweep; another process may still be writing
+        return None
+    metric, values = smallest_distance(folder)
+    return Outcome(metric=metric, objective=values[metric], values=values)
 
 
 def likelihood(cfg: DictConfig) -> None:
@@ -338,7 +364,7 @@ def likelihood(cfg: DictConfig) -> None:
     print(likelihood_table(cfg, run_data(cfg)))
 
 
-COMMANDS: dict[str, Callable[[DictConfig], float | None]] = {
+COMMANDS: dict[str, Callable[[DictConfig], Outcome | None]] = {
     "train": train,
     "decode": decode,
     "generate": generate,
@@ -445,32 +471,105 @@ def _refuse_settings_beside_resume(overrides: Sequence[str]) -> None:
 
 
 def _run_by_hydra(command: str, overrides: Sequence[str]) -> None:
-    """Run a command, or several jobs of it, or print its settings, as Hydra's flags say."""
-    failed: list[str] = []
+    """Print the settings of a command, its help and the like, as Hydra's flags say."""
 
-    def job(cfg: DictConfig) -> float | None:
-        context = HydraConfig.get()
-        if context.mode != RunMode.MULTIRUN:
-            with _errors_in_one_line():
-                return _call(command, cfg, overrides)
-        if "run_dir" in cfg:
-            cfg.run_dir = context.runtime.output_dir
-        try:
-            with _errors_in_one_line():
-                return _call(command, cfg, context.overrides.task)
-        except SystemExit as stop:
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                raise
-            # The other jobs go on, and one that searches sees the worst value.
-            failed.append(str(context.job.num))
-            return math.inf
+    def job(cfg: DictConfig) -> None:
+        with _errors_in_one_line():
+            _call(command, cfg, overrides)
 
     sys.argv = [f"rolldiff {command}", *overrides]
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)
     run(job)()
+
+
+def _sweep(command: str, overrides: Sequence[str]) -> None:
+    """Run the jobs of a sweep, wherever its launcher runs them, and print a table of them."""
+    with initialize_config_dir(str(config_dir()), job_name=command, version_base="1.3"):
+        multirun = GlobalHydra.instance().hydra
+        cfg = multirun.compose_config(
+            command, overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+        )
+        folder = Path(str(cfg.hydra.sweep.dir)).expanduser().absolute()
+        sweep = Sweep(folder=folder, command=command, larger=_is_maximized(cfg))
+        ended: BaseException | None = None
+        with sweep.held():
+            try:
+                # The folder as it is now, for its name may hold the time.
+                place = setting("hydra.sweep.dir", folder)
+                multirun.multirun(command, partial(_job, sweep, os.getpid()), [*overrides, place])
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                ended = error
+            jobs = sweep.jobs(interrupted=_is_interruption(ended))
+            if jobs:
+                print(f"\n{sweep.table(jobs)}\n{sweep.write_table(jobs)}")
+    failed = ", ".join(str(job.number) for job in jobs if job.state == "failed")
+    if ended is not None:
+        if failed and isinstance(ended, Exception):  # such as of a search in which all have failed
+            text = f"the sweep ended early: {type(ended).__name__}: {reason(ended)}"
+            _fail(ended, f"{text}; failed jobs: {failed}", status=1)
+        raise ended
     if failed:
-        print(f"rolldiff: failed jobs of the sweep: {', '.join(failed)}", file=sys.stderr)
+        print(f"rolldiff: failed jobs of the sweep: {failed}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _job(sweep: Sweep, parent: int, cfg: DictConfig) -> float | None:
+    """One job of a sweep, in the process of the sweep (`parent`) or in another.
+
+    Returns:
+        What a search goes by. None if there is no such number, also of a job that has failed:
+        Optuna's sweeper then marks the trial as failed and goes on, in either direction. It does
+        not survive NaN, and infinity is the best value where larger is better.
+    """
+    context = HydraConfig.get()
+    folder = Path(context.runtime.output_dir)
+    if "run_dir" in cfg:
+        cfg.run_dir = str(folder)
+    job = sweep.begin(context.job.num, list(context.overrides.task), folder)
+    _quiet_warnings()
+    try:
+        with _errors_in_one_line(), raised():
+            outcome = _call(sweep.command, cfg, context.overrides.task) or Outcome()
+    except _EndedInOneLine as end:
+        sweep.break_off(job, end.line, stopped=_is_interruption(end))
+        if _is_interruption(end) and os.getpid() == parent:
+            raise
+        return None
+    except Exception as error:  # a defect; the other jobs go on
+        traceback.print_exc()
+        sweep.break_off(job, f"{type(error).__name__}: {reason(error)}", stopped=False)
+        return None
+    sweep.end(job, outcome)
+    return outcome.objective
+
+
+def _is_maximized(cfg: DictConfig) -> bool | None:
+    """Whether the sweeper searches for the largest number; None if it does not search."""
+    direction = OmegaConf.select(cfg, "hydra.sweeper.direction")
+    if direction is None:
+        return None
+    name = getattr(direction, "name", direction)
+    if name not in ("minimize", "maximize"):
+        raise UsageError(f"hydra.sweeper.direction must be minimize or maximize, got {name}")
+    return bool(name == "maximize")
+
+
+class _EndedInOneLine(SystemExit):
+    """The end of a command that has printed its error.
+
+    Attributes:
+        line: what was printed.
+    """
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(status)
+        self.line = line
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether a command was ended by Ctrl-C or a signal."""
+    cause = error.__context__ if isinstance(error, _EndedInOneLine) else error
+    return isinstance(cause, KeyboardInterrupt)
 
 
 @contextmanager
@@ -492,7 +591,7 @@ def _errors_in_one_line() -> Iterator[None]:
             raise
         _fail(error)  # an argument, a value or a class that does not exist
     except (HydraException, OmegaConfBaseException, UsageError) as error:
-        _fail(error)
+        _fail(error, _missing_plugin(str(error)))
     except (FloatingPointError, OtherProcessError) as error:
         _fail(error, status=1)
     except OSError as error:
@@ -507,6 +606,15 @@ def _errors_in_one_line() -> Iterator[None]:
         if not _is_misconfiguration(error):
             raise
         _fail(error)
+
+
+def _missing_plugin(text: str) -> str | None:
+    """What to do about a sweeper or a launcher that Hydra does not find."""
+    found = re.search(r"'(hydra/(?:launcher|sweeper))/(\w+)'", text)
+    if found is None or found[2] not in PLUGINS:
+        return None
+    group, name = found.groups()
+    return f"{group}={name} needs the extra `sweeps`, pip install 'rolldiff[sweeps]'"
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
@@ -539,8 +647,9 @@ def _os_error(error: OSError) -> str:
 def _fail(error: BaseException | None, text: str | None = None, *, status: int = 2) -> NoReturn:
     if "HYDRA_FULL_ERROR" in os.environ and isinstance(error, Exception):
         raise error
-    print(f"rolldiff: {' '.join((text or str(error)).split())}", file=sys.stderr)
-    raise SystemExit(status)
+    line = " ".join((text or str(error)).split())
+    print(f"rolldiff: {line}", file=sys.stderr)
+    raise _EndedInOneLine(status, line)
 
 
 def _quiet_lightning() -> None:

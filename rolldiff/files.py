@@ -16,7 +16,15 @@ from filelock import FileLock, Timeout
 
 from rolldiff.errors import UsageError
 
-__all__ = ["LOCK", "locked", "refuse_links", "remove_parts", "write_text", "written_whole"]
+__all__ = [
+    "LOCK",
+    "is_running",
+    "locked",
+    "refuse_links",
+    "remove_parts",
+    "write_text",
+    "written_whole",
+]
 
 LOCK = ".lock"
 PREFIX = ".part-"
@@ -115,11 +123,12 @@ def _remove_parts_of_the_dead(path: Path, host: str) -> None:
     for name in os.listdir(path.parent):
         if name.startswith(start) and name.endswith(end):
             pid = name[len(start) : -len(end)]
-            if pid.isdigit() and not _is_running(int(pid)):
+            if pid.isdigit() and not is_running(int(pid)):
                 (path.parent / name).unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     if sys.platform == "win32":  # there, os.kill would end it
         return True
     try:

@@ -3,29 +3,33 @@
 import io
 import json
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image as Picture
 
 from rolldiff import hub
 from rolldiff.cli import config_dir
+from rolldiff.objective import check_objective, flat, objective
 from rolldiff.training import LitTokenizer, train
 from rolldiff.trust import TARGETS
 
 CONF = config_dir()
 LEAVES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
+SEARCHES = [leaf for leaf in LEAVES if leaf.parts[0] == "hparams_search"]
 EXPERIMENTS = [leaf for leaf in LEAVES if leaf.parts[0] == "experiment"]
-# A prior needs the run of a tokenizer: see test_tokenizer.py; a recipe is a set of settings.
+# A prior needs the run of a tokenizer: see test_tokenizer.py; a recipe and a search are settings.
 PARTS = [
     leaf
     for leaf in LEAVES
-    if leaf.parts[0] not in ("experiment", "recipe") and leaf.name != "prior"
+    if leaf.parts[0] not in ("experiment", "recipe", "hparams_search") and leaf.name != "prior"
 ]
 PACKAGES = {"data", "training", "evaluation"}
 NETWORK = {"small", "base", "large", "xl"}
@@ -150,7 +154,11 @@ def test_every_experiment_trains(leaf, tables, tmp_path):
     bf16 = bf16 and not leaf.name.endswith(("tiny", "small"))
     bf16 = bf16 and "tokenizer" not in leaf.name
     assert cfg.trainer.precision == ("bf16-mixed" if bf16 else "32-true")
-    assert train(cfg).steps == 3
+    summary = train(cfg)
+    assert summary.steps == 3
+    # The numbers that a sweep may search by are known before the training.
+    report = instantiate(cfg.report, _convert_="all")
+    assert set(report.number_names()) == set(flat(summary.report.values))
     assert json.loads((tmp_path / "run/summary.json").read_text())["images_seen"] == 12
 
 
@@ -172,7 +180,28 @@ def test_every_leaf_trains(leaf, tmp_path, monkeypatch):
     overrides += here(leaf)
     summary = train(composed("train", *overrides, f"run_dir={tmp_path / 'run'}"))
     assert summary.steps == 3
-    assert np.isfinite(summary.objective)
+    assert np.isfinite(objective(summary.values, "fd_pixels"))
+
+
+@pytest.mark.parametrize("leaf", SEARCHES, ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy 1.4, about 2.0
+def test_every_search_samples_settings_that_can_be_trained(leaf):
+    search = f"hparams_search={leaf.name}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [search], return_hydra_config=True)
+    assert cfg.hydra.mode == RunMode.MULTIRUN
+    optuna = import_module("optuna")  # here, where the warning is expected
+    plugin = import_module("hydra_plugins.hydra_optuna_sweeper._impl")
+    params = [f"{name}={values}" for name, values in cfg.hydra.sweeper.params.items()]
+    space, _ = plugin.create_params_from_overrides(params)
+    study = optuna.create_study(sampler=instantiate(cfg.hydra.sweeper.sampler))
+    for _ in range(4):
+        trial = study.ask()
+        drawn = [f"{name}={trial._suggest(name, part)}" for name, part in space.items()]
+        cfg = composed("train", search, *drawn)
+        assert instantiate(cfg.lit, _convert_="all")
+        report = instantiate(cfg.report, _convert_="all")
+        check_objective(cfg.optimized_metric, report.number_names())
 
 
 @pytest.mark.parametrize("leaf", EXPERIMENTS, ids=str)

@@ -8,7 +8,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -32,7 +32,7 @@ from rolldiff.processes import Processes
 from rolldiff.progress import progress
 from rolldiff.shell import command_line
 from rolldiff.tokenizer import Generation, Prior, Tokenizer
-from rolldiff.tokenizer.pipeline import measure_latency
+from rolldiff.tokenizer.pipeline import Timing, measure_latency
 
 __all__ = [
     "DecoderReport",
@@ -50,6 +50,7 @@ T = TypeVar("T")
 Record = dict[str, Any]
 BATCH = 500
 SHOWN = 16  # images per row of a picture
+ALWAYS = ("fd_pixels_floor", "samples", "steps_per_group")  # numbers of every training report
 MIN_IMAGES = 4  # for a distance: they are halved, and each half needs two
 
 
@@ -347,6 +348,10 @@ class TrainingReport(ABC):
     def decoder_of(self, model: Any) -> Decoder:
         """The decoder of a model."""
 
+    def number_names(self) -> Sequence[str]:
+        """Dotted names of the numbers that it will report; none if they are not known before."""
+        return ()
+
     @abstractmethod
     def __call__(
         self,
@@ -472,6 +477,9 @@ class GroupCountReport(TrainingReport):
     def configs(self) -> list[DecodeConfig]:
         return [self.config(g) for g in self.num_groups]
 
+    def number_names(self) -> Sequence[str]:
+        return [*(f"fd_pixels.{g}" for g in self.num_groups), *ALWAYS]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderReport(GroupCountReport):
@@ -571,6 +579,10 @@ class TokenizerReport(GroupCountReport):
 
     held_out: ClassVar[bool] = True
 
+    def number_names(self) -> Sequence[str]:
+        codes = ("tokens_per_image", "codes", "bits_per_image", "bits_per_pixel", "codes_in_use")
+        return [*super().number_names(), *(f"psnr.{g}" for g in self.num_groups), *codes]
+
     def decoder_of(self, model: Tokenizer) -> Decoder:
         return model.decoder
 
@@ -656,6 +668,12 @@ class PriorReport(TrainingReport):
 
     def configs(self) -> list[DecodeConfig]:
         return [self.config(self.num_groups, self.overlap)]
+
+    def number_names(self) -> Sequence[str]:
+        own = ("fd_pixels", "sequences_in_data", "tokens_per_image", "num_groups", "overlap")
+        ways = ("while_generated", "all_codes_first")
+        timings = (f"{way}.{field.name}" for way in ways for field in fields(Timing))
+        return [*own, *timings, *ALWAYS]
 
     def decoder_of(self, model: Prior) -> Decoder:
         return self._tokenizer(model).decoder

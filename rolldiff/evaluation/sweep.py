@@ -4,6 +4,7 @@ A configuration that is in `results.jsonl` is not measured again. Settings that 
 order of a single group, overlaps that round to the same stagger) are measured once.
 """
 
+import json
 import math
 import platform
 import statistics
@@ -44,8 +45,9 @@ from rolldiff.evaluation.measure import (
     expected_cost,
     extract_features,
 )
+from rolldiff.evaluation.plots import COSTS
 from rolldiff.evaluation.report import config_label, write_report
-from rolldiff.evaluation.results import METHOD, Results, Timings
+from rolldiff.evaluation.results import METHOD, SETTINGS, Results, Timings
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts
 from rolldiff.hub import read_checkpoint
 from rolldiff.likelihood import LikelihoodConfig
@@ -53,7 +55,7 @@ from rolldiff.likelihood.config import check_levels
 from rolldiff.processes import Processes, processes
 from rolldiff.trust import DATA, read_run_config, trusted_prefixes
 
-__all__ = ["Match", "bench", "grid", "match_cost", "run_data"]
+__all__ = ["Match", "bench", "grid", "match_cost", "run_data", "smallest_distance"]
 
 Match = Literal["nfe", "tokens", "seconds"]
 Record = dict[str, Any]
@@ -123,6 +125,20 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
                 solvers = sweep.solvers
                 write_report(results.records, folder, evaluator=evaluator, solvers=solvers)
     return folder
+
+
+def smallest_distance(folder: Path) -> tuple[str, Record]:
+    """The best configuration of a finished benchmark, by the distance of its first features.
+
+    Returns:
+        The name of the distance, and settings, costs and means of metrics by their names.
+    """
+    lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    names = [name for name in records[0]["metrics"] if name.startswith("fd_")]
+    best = min(records, key=lambda record: record["metrics"][names[0]]["mean"])
+    means = {name: value["mean"] for name, value in best["metrics"].items() if value is not None}
+    return names[0], {name: best[name] for name in (*SETTINGS, *COSTS)} | means
 
 
 def grid(

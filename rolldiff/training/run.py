@@ -35,6 +35,7 @@ from rolldiff.evaluation.measure import device_name
 from rolldiff.evaluation.report import Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import checkpoint_content, read_checkpoint
+from rolldiff.objective import FD_PIXELS, check_objective
 from rolldiff.processes import OtherProcessError, Processes, are_started, is_lost, processes
 from rolldiff.processes import start as start_processes
 from rolldiff.signals import Interrupted
@@ -76,11 +77,10 @@ class Summary:
     report: Report
 
     @property
-    def objective(self) -> float:
-        """The smallest reported distance, for sweeps that search; infinity if there is none."""
-        found = self.report.values.get("fd_pixels")
-        values = found.values() if isinstance(found, dict) else [found]
-        return min((float(value) for value in values if value is not None), default=np.inf)
+    def values(self) -> dict[str, Any]:
+        """Everything, with what the report holds beside the rest."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "report"}
+        return values | self.report.values
 
     @classmethod
     def read(cls, path: str | Path) -> "Summary":
@@ -90,9 +90,8 @@ class Summary:
         return cls(**own, report=Report(values, "finished before", ""))
 
     def write(self, path: str | Path) -> None:
-        """Write the summary as flat JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "report"}
-        write_text(path, json.dumps(values | self.report.values, indent=2) + "\n")
+        """Write the summary as JSON."""
+        write_text(path, json.dumps(self.values, indent=2) + "\n")
 
 
 class _Run(NamedTuple):
@@ -448,6 +447,9 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
     lit = _instantiate(cfg.lit, **model)
     report = _instantiate(cfg.report)
     report.validate(lit.model)
+    if known := report.number_names():
+        own = [field.name for field in fields(Summary) if field.type in (int, float)]
+        check_objective(cfg.get("optimized_metric", FD_PIXELS), [*own, *known])
     if cfg.compile:
         lit.compile_model()
     parts = cfg.get("callbacks") or {}
