@@ -502,12 +502,13 @@ def _sweep(command: str, overrides: Sequence[str]) -> None:
             jobs = sweep.jobs(interrupted=_is_interruption(ended))
             if jobs:
                 print(f"\n{sweep.table(jobs)}\n{sweep.write_table(jobs)}")
-    failed = ", ".join(str(job.number) for job in jobs if job.state == "failed")
     if ended is not None:
-        if failed and isinstance(ended, Exception):  # such as of a search in which all have failed
+        unfinished = ", ".join(str(job.number) for job in jobs if job.state != "finished")
+        if unfinished and isinstance(ended, Exception):  # such as of a search that found nothing
             text = f"the sweep ended early: {type(ended).__name__}: {reason(ended)}"
-            _fail(ended, f"{text}; failed jobs: {failed}", status=1)
+            _fail(ended, f"{text}; unfinished jobs: {unfinished}", status=1)
         raise ended
+    failed = ", ".join(str(job.number) for job in jobs if job.state == "failed")
     if failed:
         print(f"rolldiff: failed jobs of the sweep: {failed}", file=sys.stderr)
         raise SystemExit(1)

@@ -352,14 +352,19 @@ def test_a_search_goes_on_after_trials_that_fail(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_whose_trials_all_fail_ends_in_one_line(tmp_path):
-    ask = [*TINY, "hparams_search=digits_optuna", "hydra.sweeper.n_trials=2", "nn.width=17"]
+@pytest.mark.parametrize(
+    ("setting", "state"),
+    [("nn.width=17", "failed"), ("time_limit=00:00:00:00", "stopped")],
+)
+def test_a_search_without_a_finished_trial_ends_in_one_line(setting, state, tmp_path):
+    ask = [*TINY, "hparams_search=digits_optuna", "hydra.sweeper.n_trials=2", setting]
+    ask += ["optimized_metric=fd_pixels", "trainer.val_check_interval=2"]
     done = rolldiff("train", *ask, "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    line = "the sweep ended early: ValueError: No trials are completed yet.; failed jobs: 0, 1"
+    line = "the sweep ended early: ValueError: No trials are completed yet.; unfinished jobs: 0, 1"
     assert done.stderr.splitlines()[-1] == f"rolldiff: {line}"
-    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["failed", "failed"]
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == [state, state]
 
 
 @pytest.mark.slow
