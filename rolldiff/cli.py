@@ -526,6 +526,8 @@ def _job(sweep: Sweep, parent: int, cfg: DictConfig) -> float | None:
     folder = Path(context.runtime.output_dir)
     if "run_dir" in cfg:
         cfg.run_dir = str(folder)
+    if sweep.command == "train" and list(folder.rglob("*.ckpt")):  # a queue started it again
+        cfg.resume = str(folder)
     job = sweep.begin(context.job.num, list(context.overrides.task), folder)
     _quiet_warnings()
     try:

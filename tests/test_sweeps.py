@@ -295,6 +295,20 @@ def test_an_interrupted_job_ends_the_sweep_if_it_is_the_sweep_that_was_interrupt
     assert json.loads((tmp_path / ".jobs/0.json").read_text())["state"] == "stopped"
 
 
+@pytest.mark.usefixtures("quiet")
+def test_a_job_that_a_queue_starts_again_resumes(job, tmp_path):
+    seen = []
+
+    def command(cfg):
+        seen.append(cfg.resume)
+        assert cfg.run_dir == str(tmp_path / "0")
+        (tmp_path / "0/last.ckpt").touch()
+        return Outcome(metric="fd_pixels", objective=0.5)
+
+    assert [job(command)[0], job(command)[0]] == [0.5, 0.5]
+    assert seen == [None, str(tmp_path / "0")]
+
+
 # Whole sweeps
 
 

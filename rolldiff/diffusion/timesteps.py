@@ -212,7 +212,9 @@ class TrainingDistribution:
         if not grouping:
             raise UsageError("grouping must hold at least one of equal and levels, got none")
         plain = tuple(check_grouping(each, "each of grouping") for each in grouping)
-        object.__setattr__(self, "grouping", tuple(dict.fromkeys(plain)))
+        if len(set(plain)) < len(plain):
+            raise UsageError(f"grouping must hold each rule once, got {shown(plain)}")
+        object.__setattr__(self, "grouping", plain)
         overlap = sequence(self.overlap, "overlap", "numbers in [0, 1] and ranges such as 0..1")
         if not 1 <= len(overlap) <= MAX_SETTINGS:
             raise UsageError(
