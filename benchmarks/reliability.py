@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -76,12 +77,12 @@ def _words(pid: int) -> bytes:
         return b""
 
 
-def killed(words: list[str], victim: str, *, wait: float) -> tuple[bool, float, str]:
+def killed(words: list[str], victim: str, *, wait: float) -> tuple[str, float, str]:
     """Run a command, and kill a part of it after some seconds.
 
     Returns:
-        Whether it was killed before its end, the seconds from then until all of its processes were
-        gone, and its last line.
+        What was killed, empty if it had come to its end; the seconds from then until all of its
+        processes were gone; and its last line.
     """
     with tempfile.TemporaryFile("w+") as errors:
         job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
@@ -90,21 +91,24 @@ def killed(words: list[str], victim: str, *, wait: float) -> tuple[bool, float, 
         except subprocess.TimeoutExpired:
             ranks = children(job.pid)
             chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:], "all ranks": ranks}
-            targets = chosen.get(victim) or [job.pid]
+            if len(ranks) < 2:  # before their start, or after the end of one
+                victim = "the launcher"
+            targets = chosen.get(victim, [job.pid])
             start = time.monotonic()
             for pid in targets:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
             job.wait()
             while any(_words(pid) for pid in ranks):
                 time.sleep(0.05)
             seconds = time.monotonic() - start
             errors.seek(0)
             lines = [line for line in errors.read().splitlines() if line.startswith("rolldiff: ")]
-            return True, seconds, lines[-1] if lines else ""
+            return victim, seconds, lines[-1] if lines else ""
         if job.returncode:
             errors.seek(0)
             raise SystemExit(errors.read())
-        return False, 0.0, ""
+        return "", 0.0, ""
 
 
 def weights(folder: Path) -> bytes:
@@ -145,8 +149,8 @@ def main() -> None:
             words = command(folder, steps=options.steps, devices=2)
             over = sum(kills.values()) >= options.kills
             wait = 3600.0 if over else draw.uniform(0.1, 0.9) * duration
-            was_killed, took, line = killed(words, victim, wait=wait)
-            if was_killed:
+            victim, took, line = killed(words, victim, wait=wait)
+            if victim:
                 kills[victim] += 1
                 seconds.append(took)
                 lines["a message" if line else "no message"] += victim != "the launcher"
