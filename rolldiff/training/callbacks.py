@@ -25,7 +25,7 @@ from rolldiff.evaluation.images import labelled_rows, save_picture
 from rolldiff.processes import Processes
 from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
-from rolldiff.training.module import LitDecoder, LitModel, images_per_batch
+from rolldiff.training.module import LitDecoder, images_per_batch
 from rolldiff.training.sharding import is_sharded, load_whole_state, whole_state
 
 __all__ = [
@@ -119,7 +119,7 @@ class AveragedWeights(EMAWeightAveraging):
         self._average_model = AveragedModel(
             pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs
         )
-        cast(LitModel, self._average_model.module).configure_model()
+        self._average_model.module.configure_model()  # type: ignore[operator]
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -158,7 +158,7 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 def _is_sharded(pl_module: L.LightningModule) -> bool:
-    return is_sharded(cast(LitModel, pl_module).model)
+    return any(is_sharded(module) for module in pl_module.modules())
 
 
 class Clock(Callback):

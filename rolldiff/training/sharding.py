@@ -6,7 +6,6 @@ the same as without sharding, so that a training goes on with any number of proc
 """
 
 import copy
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -25,14 +24,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with all processes sharing the weights.
+    """Lightning's strategy for FSDP2, with all processes sharing the weights."""
 
-    Args:
-        timeout: how long a process waits for another, where this strategy joins them.
-    """
-
-    def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
