@@ -82,7 +82,7 @@ TARGETS = (
 
 # Settings that name a place that is written to, and settings that name one that is only read.
 WRITTEN = frozenset({"default_root_dir", "dirpath", "folder", "save_dir"})
-READ = frozenset({"path", "resume", "run_dir", "tokenizer"})
+READ = frozenset({"init", "path", "resume", "run_dir", "tokenizer"})
 
 # Nobody's own package: it is never proposed to trust all that they hold.
 LIBRARIES = frozenset({"hydra", "lightning", "numpy", "rolldiff", "torch"})

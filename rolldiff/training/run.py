@@ -40,6 +40,7 @@ from rolldiff.processes import OtherProcessError, Processes, are_started, is_los
 from rolldiff.processes import start as start_processes
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
+from rolldiff.training.initial import start_from
 from rolldiff.training.module import LitModel
 from rolldiff.training.sharding import is_sharded
 from rolldiff.trust import DEVICES, RESUMABLE, escaped, portable, read_run_config, trusted_prefixes
@@ -445,6 +446,15 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
         trusted = trusted_prefixes(cfg.trust)
         model = {"model": read_checkpoint(start.path, kind, trusted=trusted).train()}
     lit = _instantiate(cfg.lit, **model)
+    if start is None and cfg.get("init") is not None:
+        try:
+            source = read_checkpoint(cfg.init, kind, trusted=trusted_prefixes(cfg.trust))
+        except UsageError as error:  # which speaks of a checkpoint
+            raise UsageError(f"init must be weights to start from: {error}") from error
+        left = start_from(lit.model, source)
+        if group.is_main:
+            kept = "".join(f"\n  {text}" for text in left)
+            print(f"Starts from the weights of {cfg.init}" + (f", without:{kept}" if left else ""))
     report = _instantiate(cfg.report)
     report.validate(lit.model)
     if known := report.number_names():
@@ -614,7 +624,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """The whole configuration as plain containers, with the places that are read as full paths."""
-    for key in ("data.path", "tokenizer"):
+    for key in ("data.path", "tokenizer", "init"):
         value = OmegaConf.select(cfg, key)
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
             OmegaConf.update(cfg, key, escaped(path.absolute()))

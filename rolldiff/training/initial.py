@@ -1,0 +1,68 @@
+"""Starting from the weights of another training, whose settings may be others.
+
+The network must be the same. What may differ is how it is conditioned, the size of the images, and
+everything that is no weight: group counts, orders, overlaps, the optimizer.
+"""
+
+from rolldiff.errors import UsageError, warn_user
+from rolldiff.hub import Pretrained
+
+__all__ = ["start_from"]
+
+# Parts of the names of weights that a training may begin without.
+FREE = ("cond_embedder.", "pos_embed")
+SHOWN = 5
+
+
+def start_from(model: Pretrained, source: Pretrained) -> list[str]:
+    """Load the weights of a model into another one, in place.
+
+    Args:
+        model: where they are loaded.
+        source: whose weights they are.
+
+    Returns:
+        What stays as it was, because the source has none of this name and shape.
+
+    Raises:
+        UsageError: if the networks differ, or predict something else; nothing is loaded then.
+    """
+    if type(model) is not type(source):
+        raise UsageError(
+            f"init must be a {type(model).__name__}, as what is trained, got a "
+            f"{type(source).__name__}"
+        )
+    ours, theirs = (_prediction(each) for each in (model, source))
+    if ours != theirs:
+        raise UsageError(
+            f"decoder.prediction must be that of the weights of init, {theirs}, got {ours}"
+        )
+    own, given = model.state_dict(), source.state_dict()
+    fitting = {n for n in own.keys() & given.keys() if own[n].shape == given[n].shape}
+    different = {
+        name: f"{name} {_shape(own, name)} here, {_shape(given, name)} in init"
+        for name in sorted((own.keys() | given.keys()) - fitting)
+    }
+    refused = [text for name, text in different.items() if not any(part in name for part in FREE)]
+    if refused:
+        more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+        raise UsageError(
+            f"init must be weights of the same network: {'; '.join(refused[:SHOWN])}{more}"
+        )
+    model.load_state_dict(own | {name: given[name] for name in fitting})
+    if _noise(model) != _noise(source):
+        warn_user(f"noise is {_noise(model)} here and {_noise(source)} in init")
+    return [text for name, text in different.items() if name in own]
+
+
+def _shape(state: dict[str, object], name: str) -> str:
+    found = state.get(name)
+    return "none" if found is None else str(tuple(getattr(found, "shape", ())))
+
+
+def _prediction(model: Pretrained) -> object:
+    return getattr(getattr(model, "decoder", model), "prediction", None)
+
+
+def _noise(model: Pretrained) -> object:
+    return getattr(getattr(model, "decoder", model), "noise", None)
