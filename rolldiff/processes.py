@@ -310,7 +310,7 @@ def _failure(failed: int, jobs: Sequence[Any], reports: Sequence[Connection]) ->
         with suppress(EOFError):  # of one that was killed while it wrote
             if report.poll():
                 said[rank] = report.recv()
-    if failed not in said:
+    if failed not in said or said[failed].error is None:  # nothing, or killed after its end
         code = jobs[failed].exitcode
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return OtherProcessError(f"process {failed} of {len(jobs)} was {how}, and the job with it")
@@ -358,9 +358,10 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # in training: save and end
-    time.sleep(3 * GRACE)
-    os._exit(1)
+    if distributed.is_initialized():
+        os.kill(os.getpid(), signal.SIGTERM)  # in training: save and end
+        time.sleep(3 * GRACE)
+    os._exit(1)  # also while it waits, outside of Python, for the others to join
 
 
 def _sendable(error: BaseException) -> _Report:

@@ -38,7 +38,10 @@ def test_everything_is_taken_of_the_same_network():
 
 
 def test_other_classes_and_conditions_begin_anew():
-    for settings in ({"num_classes": 5}, {"num_classes": 0, "condition": TokenGrid(2, 2, channels=3)}):
+    for settings in (
+        {"num_classes": 5},
+        {"num_classes": 0, "condition": TokenGrid(2, 2, channels=3)},
+    ):
         model, source = build(0, **settings), build(1)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         left = start_from(model, source)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing.util
 import os
 import resource
 import shlex
@@ -304,16 +305,22 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(signum, status, endless):
 
 
 @pytest.mark.slow
-def test_processes_end_with_the_one_that_started_them(endless):
+@pytest.mark.parametrize("moment", ["start", "training"])
+def test_processes_end_with_the_one_that_started_them(moment, endless):
     job, folder = endless()
-    processes_ = begun(folder, job)
+    if moment == "training":
+        processes_ = begun(folder, job)
+    else:
+        while len(processes_ := children(job.pid)) < 2:
+            assert job.poll() is None
     job.kill()
     job.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 40
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes_.values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert run.newest_checkpoint(folder).path.name == "last.ckpt"
+    if moment == "training":
+        assert run.newest_checkpoint(folder).path.name == "last.ckpt"
 
 
 @pytest.mark.slow
@@ -391,8 +398,18 @@ def shares(number):
         return values, largest, group.broadcast(group.rank)
 
 
+def killed_after_its_end(number):
+    with processes() as group:
+        if group.rank == 1:  # called when the process has sent its result
+            ask = (os.getpid(), signal.SIGKILL)
+            multiprocessing.util.Finalize(None, os.kill, args=ask, exitpriority=1)
+        return number
+
+
 @pytest.mark.slow
 def test_started_processes_return_and_raise():
+    with pytest.raises(OtherProcessError, match="process 1 of 2 was ended by SIGKILL"):
+        start(killed_after_its_end, 1, count=2)
     assert start(shares, 2, count=3) == ([0, 2, 4, 6, 8], 2, 0)
     with pytest.raises(UsageError, match="number must be 0 or more"):
         start(shares, -1, count=2)
