@@ -173,6 +173,8 @@ def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> Outcome:
     print(f"\n{summary.report.table}\n")
     print(f"{summary.seconds:.0f} s, {summary.images_seen} images seen, saved in {cfg.run_dir}")
     print(f"Next:\n  {summary.report.try_next}")
+    if not HydraConfig.initialized():  # a report without that number is no mistake outside a sweep
+        return Outcome(values=summary.values)
     metric = cfg.get("optimized_metric", FD_PIXELS)
     number = objective(summary.values, metric)
     return Outcome(metric=metric, objective=number, values=summary.values)
