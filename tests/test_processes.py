@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -233,9 +234,9 @@ def children(pid):
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     found = {}
     for child in map(int, text.split()):
-        words = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"spawn_main" in words:
-            found[len(found)] = child
+        with suppress(OSError):  # a short command, such as git, that has ended meanwhile
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found[len(found)] = child
     return found
 
 
