@@ -369,3 +369,22 @@ def test_the_training_of_a_peer_goes_on_where_it_stopped(peer, tmp_path, monkeyp
     assert not all(torch.equal(fresh[name], value) for name, value in whole.items())
     large = replace(task, parameters=500_000)
     assert peers.count(peer.make(large)) == pytest.approx(500_000, rel=0.05)
+
+
+def test_the_page_of_reliability_holds_what_was_measured():
+    page = (ROOT / "benchmarks/reliability.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks/results/reliability-cpu.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kills = sum(found["kills"].values())
+    assert kills >= 20
+    assert found["identical"] == found["trainings"]
+    for name, times in found["kills"].items():
+        assert f"| {name} | {times} |" in page
+    for words in (
+        f"{found['trainings']} trainings came to their end",
+        f"{kills} kills, and {found['identical']} of them",
+        f"{found['seconds_until_gone']['max']:.1f} s",
+        f"{found['loss_difference']:.1e} at most",
+        f"{found['weight_difference']:.1e}",
+    ):
+        assert words in " ".join(page.split())
