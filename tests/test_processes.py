@@ -73,8 +73,12 @@ def column(folder, name="loss"):
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def assert_same(folder, other, *, rtol=1e-5, atol=1e-5):
-    """The averaged weights, the trained ones and the optimizer's state."""
+def assert_same(folder, other, *, rtol=1e-5, atol=1e-4):
+    """The averaged weights, the trained ones and the optimizer's state.
+
+    Adam divides a gradient by its size, so that a step may differ by a part of the learning rate
+    where the gradient is nothing but rounding.
+    """
     a, b = (torch.load(f / "last.ckpt", weights_only=True) for f in (folder, other))
     for key in ("state_dict", "current_model_state", "averaging_state"):
         assert a.get(key, {}).keys() == b.get(key, {}).keys()
@@ -165,7 +169,7 @@ def test_two_processes_train_what_one_does(overrides, tolerance, one, tmp_path):
     assert column(folder, "val_loss") == pytest.approx(
         column(alone, "val_loss"), rel=10 * tolerance
     )
-    assert_same(folder, alone, rtol=tolerance, atol=tolerance)
+    assert_same(folder, alone, rtol=tolerance, atol=10 * tolerance)
     found, whole = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
     assert found["fd_pixels"] == pytest.approx(whole["fd_pixels"], rel=10 * tolerance)
     assert found["images_seen"] == whole["images_seen"] == summary.images_seen
