@@ -266,26 +266,34 @@ def start(
         try:
             for job in jobs:
                 job.start()
-            failed = _first_failure(jobs)
+            said: dict[int, _Report] = {}
+            failed = _first_failure(jobs, reports, said)
         finally:
             _end(jobs)
+    _hear(reports, said)
     if failed is None:
-        return reports[0].recv().value
-    error = _failure(failed, jobs, reports)
+        return said[0].value
+    error = _failure(failed, jobs, said)
     if asked and isinstance(error, OtherProcessError):  # before it could say so itself
         raise Interrupted(asked[0]) from error
     raise error
 
 
-def _first_failure(jobs: Sequence[Any]) -> int | None:
-    """Wait until a process has failed, or all have ended: which, or None."""
+def _first_failure(
+    jobs: Sequence[Any], reports: Sequence[Connection], said: dict[int, _Report]
+) -> int | None:
+    """Wait until a process has failed, or all have ended: which, or None.
+
+    One that has sent its result has done its work, whatever ends it then.
+    """
     running = {job.sentinel: rank for rank, job in enumerate(jobs)}
     while running:
         ended = [running.pop(sentinel) for sentinel in wait(list(running))]
         for rank in ended:
             jobs[rank].join()
         # One that was killed comes first: the others fail because it is gone.
-        failed = [rank for rank in ended if jobs[rank].exitcode]
+        _hear(reports, said)
+        failed = [r for r in ended if jobs[r].exitcode and not (r in said and not said[r].error)]
         if failed:
             return min(failed, key=lambda rank: jobs[rank].exitcode)
     return None
@@ -303,14 +311,17 @@ def _end(jobs: Sequence[Any]) -> None:
             job.join(None if until is None else max(0.0, until - time.monotonic()))
 
 
-def _failure(failed: int, jobs: Sequence[Any], reports: Sequence[Connection]) -> BaseException:
-    """The error to raise for a process that failed."""
-    said: dict[int, _Report] = {}
+def _hear(reports: Sequence[Connection], said: dict[int, _Report]) -> None:
+    """Take the reports that have come."""
     for rank, report in enumerate(reports):
         with suppress(EOFError):  # of one that was killed while it wrote
-            if report.poll():
+            if rank not in said and report.poll():
                 said[rank] = report.recv()
-    if failed not in said or said[failed].error is None:  # nothing, or killed after its end
+
+
+def _failure(failed: int, jobs: Sequence[Any], said: dict[int, _Report]) -> BaseException:
+    """The error to raise for a process that failed."""
+    if failed not in said:
         code = jobs[failed].exitcode
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return OtherProcessError(f"process {failed} of {len(jobs)} was {how}, and the job with it")

@@ -413,8 +413,7 @@ def killed_after_its_end(number):
 
 @pytest.mark.slow
 def test_started_processes_return_and_raise():
-    with pytest.raises(OtherProcessError, match="process 1 of 2 was ended by SIGKILL"):
-        start(killed_after_its_end, 1, count=2)
+    assert start(killed_after_its_end, 1, count=2) == 1  # all had been done
     assert start(shares, 2, count=3) == ([0, 2, 4, 6, 8], 2, 0)
     with pytest.raises(UsageError, match="number must be 0 or more"):
         start(shares, -1, count=2)
