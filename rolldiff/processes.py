@@ -179,7 +179,10 @@ def processes(*, backend: str = "gloo", timeout: timedelta = HALF_HOUR) -> Itera
             group=group,
         )
     finally:
-        distributed.destroy_process_group()
+        # A process of `start` ends at once, without destructors; taking the group down there has
+        # been seen to abort it.
+        if multiprocessing.parent_process() is None:
+            distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------
