@@ -96,8 +96,7 @@ class AveragedWeights(EMAWeightAveraging):
     """An exponential moving average of the weights, which follows them until averaging starts.
 
     Lightning's average stays at the initial weights until then, and a training that ends earlier
-    would save those. It also stays on the CPU, and does not know of sharded weights; this one is on
-    the device, and sharded as the weights are.
+    would save those. It does not know of sharded weights either; this one is sharded as they are.
 
     Args:
         decay: of the average, in [0, 1).
@@ -115,9 +114,8 @@ class AveragedWeights(EMAWeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        device = trainer.strategy.root_device
         self._average_model = AveragedModel(
-            pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs
+            pl_module, device=pl_module.device, use_buffers=self._use_buffers, **self._kwargs
         )
         self._average_model.module.configure_model()  # type: ignore[operator]
 
