@@ -39,7 +39,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for part in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
         for block in part:
             fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # By default the whole keeps its gathered weights until the backward pass, which a validation
+    # does not have; the average could not be exchanged with them then.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(module: nn.Module) -> bool:
