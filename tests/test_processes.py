@@ -48,7 +48,6 @@ TINY = [
     "lit.warmup_steps=4",
     "trainer.log_every_n_steps=1",
     "trainer.val_check_interval=5",
-    "+callbacks.samples.steps=1",
     "callbacks.checkpoint.every_n_train_steps=5",
     "trainer.accelerator=cpu",
 ]
@@ -158,6 +157,7 @@ def test_shards_need_a_generator_that_all_have(make):
         (["trainer=fsdp"], 1e-5),
         (["trainer=fsdp", "+trainer.accumulate_grad_batches=2", "max_steps=6"], 1e-5),
         (["trainer=fsdp", "trainer.precision=bf16-mixed", "max_steps=6"], 2e-2),
+        (["trainer=fsdp", "callbacks.samples=null", "max_steps=6"], 1e-5),
     ],
     ids=str,
 )
@@ -176,6 +176,22 @@ def test_two_processes_train_what_one_does(overrides, tolerance, one, tmp_path):
     assert found["parameters"] == whole["parameters"]
     names = {p.relative_to(f) for f in (folder,) for p in folder.rglob("*") if p.is_file()}
     assert names == {p.relative_to(alone) for p in alone.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_a_tokenizer_and_a_prior(strategy, one, tmp_path):
+    tokens = ["experiment=tokenizer", "max_steps=6", "callbacks.samples=null"]
+    tokenizer = one(*tokens)
+    codes = ["experiment=prior", f"tokenizer={tokenizer}", "max_steps=6"]
+    codes += ["prior_model.width=16", "prior_model.heads=1", "report.num_groups=2"]
+    for number, kind in enumerate((tokens, codes)):
+        folder = tmp_path / str(number)
+        train(config(*kind, f"trainer={strategy}", f"run_dir={folder}", TWO))
+        assert column(folder) == pytest.approx(column(one(*kind)), rel=1e-5)
+        assert_same(folder, one(*kind))
+        found, whole = (json.loads((f / "summary.json").read_text()) for f in (folder, one(*kind)))
+        assert found["fd_pixels"] == pytest.approx(whole["fd_pixels"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -466,6 +482,11 @@ def test_a_job_that_had_no_checkpoint_yet_begins_anew(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="run_dir must be a new or an empty folder"):
         train(config(*quick))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (folder / ".slurm").write_text("77")
+    with pytest.raises(UsageError, match="run_dir must be a new or an empty folder"):
+        train(config(*quick))  # another job's
+    assert (folder / "logs").is_dir()
+    (folder / ".slurm").write_text("78")
     assert train(config(*quick)).steps == 2
     assert train(config(*quick)).report.table == "finished before"
 

@@ -50,6 +50,7 @@ __all__ = ["Summary", "resumed_config", "train"]
 CUDA = ("auto", "cuda", "gpu")  # Lightning's names of accelerators that may be CUDA
 RUNS = Path("runs")
 MAX_DEVICES = 256  # of a machine
+JOB = ".slurm"  # which job began a run: only that one may go on with it by itself
 CONFIG, SUMMARY, LAST, CHECKPOINTS = "config.yaml", "summary.json", "last.ckpt", "checkpoints"
 
 
@@ -191,7 +192,8 @@ def _begun_by_this_job(cfg: DictConfig) -> Path | None:
     if not slurm.restarted():
         return None
     folder = RUNS / _first_name() if cfg.run_dir is None else Path(str(cfg.run_dir)).expanduser()
-    return folder if (folder / CONFIG).is_file() else None
+    begun = folder / JOB
+    return folder if begun.is_file() and begun.read_text() == slurm.job() else None
 
 
 def _opened(cfg: DictConfig, stack: ExitStack) -> tuple[str, str | None, "Checkpoint | None"]:
@@ -544,6 +546,8 @@ def _new_folder(cfg: DictConfig) -> Iterator[Path]:
         if again:  # it had no checkpoint yet
             _clear(folder, keep=LOCK)
         _refuse_other_files(folder)  # again: another job may have been here since
+        if (job := slurm.job()) is not None:
+            write_text(folder / JOB, job)
         try:
             yield folder
         except BaseException:
