@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from runs import composed
 
 from rolldiff import ClassLabels, Cosine, Decoder, TokenGrid, Training
-from rolldiff.cli import config_dir
 from rolldiff.errors import UsageError
 from rolldiff.training import train
 from rolldiff.training.initial import start_from
@@ -97,8 +96,7 @@ TINY = [
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about two steps
 def test_a_training_starts_where_another_has_ended(tmp_path, capsys):
     def run(name, *overrides):
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            train(compose("train", [*TINY, f"run_dir={tmp_path / name}", *overrides]))
+        train(composed(*TINY, f"run_dir={tmp_path / name}", *overrides))
         return Decoder.from_pretrained(tmp_path / name)
 
     first = run("first", "training.num_groups=[1]")

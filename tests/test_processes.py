@@ -10,29 +10,25 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from runs import ALLOWED, composed
 from safetensors.torch import load_file
 
 from rolldiff import slurm
-from rolldiff.cli import config_dir
 from rolldiff.diffusion.process import Shard
 from rolldiff.errors import UsageError
 from rolldiff.processes import OtherProcessError, Processes, processes, start
 from rolldiff.training import run, train
 from rolldiff.training.run import resumed_config
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:lightning",
-    "ignore:.*does not have many workers",
-    "ignore:.*LeafSpec",
-    "ignore:Checkpoint directory",
-    "ignore:You're resuming from a checkpoint",
-)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from reliability import children
+
+pytestmark = ALLOWED
 TINY = [
     "max_steps=20",
     "max_time=null",
@@ -56,8 +52,7 @@ COMMAND = [sys.executable, "-m", "rolldiff", "train"]
 
 
 def config(*overrides):
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("train", [*TINY, *overrides])
+    return composed(*TINY, *overrides)
 
 
 def resume(folder, **settings):
@@ -249,17 +244,6 @@ def test_torchrun_and_slurm_start_the_same_training(one, tmp_path):
 # Its end
 
 
-def children(pid):
-    """The processes that a training started, by their rank."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    found = {}
-    for child in map(int, text.split()):
-        with suppress(OSError):  # a short command, such as git, that has ended meanwhile
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found[len(found)] = child
-    return found
-
-
 def begun(folder, job):
     """Wait until a training has a checkpoint."""
     while not list(folder.glob("checkpoints/step-*.ckpt")):
@@ -281,7 +265,7 @@ def endless(tmp_path):
 
     yield started
     for job in jobs:
-        for child in children(job.pid).values() if job.poll() is None else ():
+        for child in children(job.pid) if job.poll() is None else ():
             os.kill(child, signal.SIGKILL)
         job.kill()
         job.wait()
@@ -301,7 +285,7 @@ def test_a_killed_process_ends_the_training_with_a_message(rank, endless):
     (line,) = (line for line in stderr.splitlines() if line.startswith("rolldiff: "))
     assert f"process {rank} of 2 was ended by SIGKILL" in line
     assert "Traceback" not in stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in processes_.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes_)
     assert run.newest_checkpoint(folder).step >= 5
     again = resume(folder, time_limit="00:00:00:00")
     assert again is None
@@ -337,7 +321,7 @@ def test_processes_end_with_the_one_that_started_them(moment, endless):
     job.kill()
     job.wait()
     deadline = time.monotonic() + 40
-    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes_.values()):
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes_):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     if moment == "training":
@@ -353,7 +337,7 @@ def test_a_process_that_hangs_ends_the_training(endless):
     assert job.returncode == 1, stderr
     (line,) = (line for line in stderr.splitlines() if line.startswith("rolldiff: "))
     assert "process_timeout" in line
-    assert not any(Path(f"/proc/{pid}").exists() for pid in processes_.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes_)
 
 
 @pytest.mark.slow

@@ -18,11 +18,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from runs import ALLOWED, composed
 from safetensors.torch import load_file
 
 from rolldiff import Decoder
-from rolldiff.cli import config_dir, main
+from rolldiff.cli import main
 from rolldiff.data import Digits
 from rolldiff.errors import UsageError
 from rolldiff.files import locked
@@ -32,13 +32,7 @@ from rolldiff.signals import Interrupted
 from rolldiff.training import AveragedWeights, LitDecoder, run, train
 from rolldiff.training.run import resumed_config
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:lightning",
-    "ignore:.*does not have many workers",
-    "ignore:.*LeafSpec",
-    "ignore:Checkpoint directory",
-    "ignore:You're resuming from a checkpoint",
-)
+pytestmark = ALLOWED
 TINY = [
     "max_steps=4",
     "max_time=null",
@@ -62,8 +56,7 @@ class KilledError(BaseException):
 
 
 def config(*overrides):
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("train", [*TINY, *overrides])
+    return composed(*TINY, *overrides)
 
 
 def resume(folder, **settings):
