@@ -179,10 +179,7 @@ def processes(*, backend: str = "gloo", timeout: timedelta = HALF_HOUR) -> Itera
             group=group,
         )
     finally:
-        # A process of `start` ends at once, without destructors; taking the group down there has
-        # been seen to abort it.
-        if multiprocessing.parent_process() is None:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -287,7 +284,8 @@ def _first_failure(
 ) -> int | None:
     """Wait until a process has failed, or all have ended: which, or None.
 
-    One that has sent its result has done its work, whatever ends it then.
+    One that has sent its result has done its work, whatever ends it then: on its way out, torch has
+    been seen to abort a process.
     """
     running = {job.sentinel: rank for rank, job in enumerate(jobs)}
     while running:
