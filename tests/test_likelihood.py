@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oracles import masked_decoder, natural_covariance
-from rolldiff import Cosine, Guidance, Midpoint, Rectified
+from rolldiff import Cosine, Guidance, LinearBeta, Midpoint, Rectified
 from rolldiff.errors import UsageError
 from rolldiff.likelihood import LikelihoodConfig
 
@@ -99,6 +99,31 @@ def the_bound_is_the_density(settings, *, samples):
         assert 0.4 < error.square().mean().sqrt() / reported < 1.7  # strata differ by themselves
     assert found.products == 0
     assert found.divergence is None
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_bound_counts_what_the_last_time_leaves_of_the_signal(num_groups):
+    """It is below the density by how far the data's own law at t = 1 is from the noise there."""
+    noise, side = LinearBeta(beta_end=1e-3), 4  # alpha(1)^2 is 0.58
+    decoder, image, exact = gaussian(24, noise=noise)
+    end, eye = torch.ones(()).double(), torch.eye(side**2).double()
+    signal, variance = noise.alpha(end) ** 2, noise.sigma(end) ** 2
+    mean, covariance = signal.sqrt() * image.flatten(1), 0.2**2 * natural_covariance(side)
+
+    def divergence(other):
+        """From `N(mean, variance)` to `N(0, other)`."""
+        inner = (variance * other.inverse()).trace() + (mean @ other.inverse() * mean).sum(1)
+        return (inner - side**2 + other.logdet() - side**2 * variance.log()) / 2
+
+    expected = exact + divergence(signal * covariance + variance * eye) - divergence(eye)
+    found = decoder.log_likelihood(
+        image, num_groups=num_groups, dequantization=None, method="bound", samples=32
+    )
+    error = found.nats - expected
+    tolerance = 4 * error.std() / math.sqrt(24)
+    assert abs(error.mean()) < tolerance < abs((expected - exact).mean())
 
 
 def test_products_are_the_numbers_of_a_group():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolldiff import Cosine, Rectified
+from rolldiff import Cosine, LinearBeta, Rectified
 from rolldiff.diffusion.process import (
     PerSampleNoise,
     coefficients,
@@ -16,6 +16,7 @@ from rolldiff.diffusion.process import (
 )
 
 SCHEDULES = [Rectified, Cosine]
+ALL = [*SCHEDULES, LinearBeta]
 shifts = st.floats(0.1, 10)
 
 
@@ -28,7 +29,7 @@ def test_the_ends_are_exact(kind, shift):
     assert noise.sigma(ends).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ALL)
 @given(shift=shifts)
 def test_monotone_and_rates_are_derivatives(kind, shift):
     noise = kind(shift)
@@ -39,7 +40,7 @@ def test_monotone_and_rates_are_derivatives(kind, shift):
         torch.testing.assert_close(rate, derivative, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ALL)
 @given(shift=shifts)
 def test_shift_divides_the_ratio_of_data_to_noise(kind, shift):
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
@@ -47,8 +48,38 @@ def test_shift_divides_the_ratio_of_data_to_noise(kind, shift):
     torch.testing.assert_close(ratio * shift, plain)
 
 
-def test_cosine_keeps_the_variance():
-    noise, t = Cosine(2.0), torch.linspace(0, 1, 11)
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [({}, 0.0064), ({"beta_start": 1e-3, "beta_end": 0.1, "num_timesteps": 100}, 0.0732)],
+)
+def test_linear_beta_is_the_product_of_ddpm(settings, last):
+    noise = LinearBeta(**settings)
+    steps = noise.num_timesteps
+    beta = torch.linspace(noise.beta_start, noise.beta_end, steps, dtype=torch.float64)
+    product = (1 - beta).cumprod(0)
+    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    torch.testing.assert_close(noise.alpha(t) ** 2, product, rtol=1e-11, atol=0)
+    torch.testing.assert_close(noise.sigma(t) ** 2, 1 - product, rtol=1e-9, atol=0)
+    assert noise.alpha(t[-1:]).item() == pytest.approx(last, rel=0.02)
+    start = torch.zeros(1)
+    assert (noise.alpha(start), noise.sigma(start)) == (1, 0)
+    assert all(rate.isfinite() for rate in noise.rates(start))
+    torch.testing.assert_close(noise.alpha(t.float()).double(), noise.alpha(t), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta_start": 0.02}, {"beta_end": 0.5}, {"num_timesteps": 10}, {"beta_start": 0.0}],
+    ids=str,
+)
+def test_bad_betas(settings):
+    with pytest.raises(ValueError, match="beta|timesteps"):
+        LinearBeta(**settings)
+
+
+@pytest.mark.parametrize("noise", [Cosine(2.0), LinearBeta(2.0)], ids=repr)
+def test_the_variance_is_kept(noise):
+    t = torch.linspace(0, 1, 11)
     torch.testing.assert_close(noise.alpha(t) ** 2 + noise.sigma(t) ** 2, torch.ones(11))
 
 

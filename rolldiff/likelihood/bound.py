@@ -3,8 +3,8 @@
     -log p(x) <= -E log p(x | x_s) + 1/2 int_s^1 |lambda'| sum_i E (eps_i - eps_i*)^2 dt
 
 (Kingma et al. 2021, VDM, eq. 11 and 15), where `lambda` is the log-SNR and the sum is over the
-tokens that move: a line integral of their denoising errors in their log-SNRs. The prior term is 0,
-because `alpha(1) = 0`. All windows of an image are evaluated in one call.
+tokens that move: a line integral of their denoising errors in their log-SNRs. The prior term is 0
+if `alpha(1) = 0`. All windows of an image are evaluated in one call.
 
 The integral is a mean over random noise levels. They are drawn more often where the error matters,
 stratified over the samples and the windows; and the part of the error that is due to the noise
@@ -67,6 +67,7 @@ def bound(
         nats = nats + numbers * math.log(config.spacing)
     if config.dequantization != "discretised":
         nats = nats - numbers * (1 + math.log(2 * math.pi * scale**2)) / 2
+    nats = nats - _prior(noise, image)
     group = teacher.group if teacher.num_groups > 1 else torch.zeros_like(teacher.group)
     for i, law in enumerate(_laws(teacher)):
         # As many strata of the noise level as possible, each with windows that begin everywhere.
@@ -102,6 +103,13 @@ def bound(
         steps = torch.cat([half.diff(dim=0) for half in halves])
         variance = variance + steps.square().mean(0) / (2 * strata)
     return nats, variance.sqrt()
+
+
+def _prior(noise: NoiseSchedule, x: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """`KL(N(alpha x, sigma^2) | N(0, 1))` at t = 1, in nats: what is known of an image there."""
+    end = torch.ones((), dtype=torch.float64)
+    signal, variance = noise.alpha(end).square().to(x), noise.sigma(end).square().to(x)
+    return (signal * x.square() + variance - 1 - variance.log()).flatten(1).sum(1) / 2
 
 
 class Law(NamedTuple):
