@@ -5,12 +5,13 @@ from rolldiff.decoder import Cost, DecodeConfig, DecodeOutput, Decoder, Frame
 from rolldiff.diffusion import timesteps
 from rolldiff.diffusion.bands import DCT, Haar
 from rolldiff.diffusion.layout import Patches
-from rolldiff.diffusion.process import Cosine, Rectified
+from rolldiff.diffusion.process import Cosine, LinearBeta, Rectified
 from rolldiff.diffusion.sampler import DDIM, AdamsBashforth2, Euler, Heun, Midpoint
 from rolldiff.diffusion.schedule import GroupSchedule
 from rolldiff.diffusion.timesteps import TrainingDistribution
 from rolldiff.likelihood import Likelihood, LikelihoodConfig
 from rolldiff.nn.denoiser import Guidance
+from rolldiff.nn.dit import DiT
 from rolldiff.nn.transformer import Transformer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DecodeConfig",
     "DecodeOutput",
     "Decoder",
+    "DiT",
     "Euler",
     "Frame",
     "GroupSchedule",
@@ -32,6 +34,7 @@ __all__ = [
     "Heun",
     "Likelihood",
     "LikelihoodConfig",
+    "LinearBeta",
     "Midpoint",
     "Patches",
     "Rectified",

@@ -32,7 +32,7 @@ PARTS = [
     if leaf.parts[0] not in ("experiment", "recipe", "hparams_search") and leaf.name != "prior"
 ]
 PACKAGES = {"data", "training", "evaluation"}
-NETWORK = {"small", "base", "large", "xl"}
+NETWORK = {"small", "base", "large", "xl", "dit_s", "dit_b", "dit_l", "dit_xl"}
 TINY = [
     "max_steps=3",
     "max_time=null",

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolldiff import ClassLabels, GroupSchedule, Patches, TokenSequence, Transformer
 from rolldiff.diffusion.schedule import attention_mask
-from rolldiff.nn.transformer import ColumnLinear
+from rolldiff.nn.transformer import MLP, Attention, ColumnLinear
 
 
 def network(patch=1, **arguments):
@@ -157,7 +157,7 @@ def test_only_plain_layers_are_copied(make):
         pass
 
     block.attn.out = Adapter(32, 32)
-    copied = ColumnLinear.replace(block)
+    copied = ColumnLinear.replace(block, (type(block), Attention, MLP))
     assert copied.mlp.up is block.mlp.up
     assert copied.attn.out is block.attn.out
     assert isinstance(copied.attn.qkv, ColumnLinear)

@@ -283,7 +283,7 @@ class Transformer(Backbone):
         rope = self._rope[:, order]
         cross = None
         if embedded.sequence is not None and embedded.cross_attn_mask is not None:
-            mask = _to_decode_order(embedded.cross_attn_mask, order)[:, None]
+            mask = to_decode_order(embedded.cross_attn_mask, order)[:, None]
             cross = [
                 CrossKV(*layer.keys_values(embedded.sequence), mask)
                 for layer in self.blocks.modules()
@@ -293,7 +293,7 @@ class Transformer(Backbone):
             pos_embed=None if self.pos_embed is None else self.pos_embed[order],
             rope=rope[:, :, None] if order.ndim > 1 else rope,  # an axis for the heads
             modulation=(embedded.modulation + ones).expand(count, -1)[:, None].contiguous(),
-            tokens=None if embedded.tokens is None else _to_decode_order(embedded.tokens, order),
+            tokens=None if embedded.tokens is None else to_decode_order(embedded.tokens, order),
             cross=cross,
             near=Neighbourhood(self._places[order], self.window) if self.window else None,
         )
@@ -316,9 +316,9 @@ class Transformer(Backbone):
             cache = KVCache(depth, shape, like, dtype=dtype)
         else:
             cache = WindowCache(depth, shape, like, near=context.near, dtype=dtype)
-        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
-        if like.is_cpu and dtype == like.dtype and not compiled:
-            cache.blocks = [ColumnLinear.replace(block) for block in self.blocks]
+        cache.blocks = column_blocks(
+            self.blocks, (Block, Attention, CrossAttention, MLP), like=like, dtype=dtype
+        )
         return cache
 
     def resized(self, layout: Layout) -> Backbone:
@@ -348,10 +348,7 @@ class Transformer(Backbone):
         Args:
             mode: see `torch.compile`; `reduce-overhead` replays CUDA graphs.
         """
-        # Calls with and without mask, cache, gradient, …: about a dozen, and torch's limit is 8.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:  # the blocks share what is compiled
-            block.compile(mode=mode, dynamic=True, fullgraph=True)
+        compile_blocks(self.blocks, mode=mode)
 
     def forward(
         self,
@@ -469,7 +466,7 @@ class Attention(nn.Module):
         attn_mask: Tensor | Tiles | None = None,
         kv: KVSlot | None = None,
     ) -> Tensor:
-        batch, n, width = h.shape
+        batch, n, _ = h.shape
         qkv = self.qkv(h).view(batch, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         qk = norm(qkv[:2]) * self.qk_scale.view(2, 1, 1, 1, -1)  # [2, B, heads, n, size]
         if rope is not None:
@@ -478,16 +475,7 @@ class Attention(nn.Module):
         (q, k), v = qk.to(qkv.dtype).unbind(0), qkv[2]
         if kv is not None:
             k, v = kv.append(k, v)
-        if isinstance(attn_mask, Tiles):
-            h = attn_mask.attend(q, k, v)
-            return self.out(h.transpose(1, 2).reshape(batch, n, width))
-        mask = None if attn_mask is None else attn_mask.to(q.dtype)
-        if mask is not None and mask.ndim == 4 and 1 < len(mask) < batch:
-            # Parts of the batch with one mask each: as heads of as many examples.
-            q, k, v = (part.reshape(len(mask), -1, *part.shape[2:]) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = h.reshape(batch, self.heads, n, -1)
-        return self.out(h.transpose(1, 2).reshape(batch, n, width))
+        return self.out(attend(q, k, v, attn_mask=attn_mask))
 
 
 class CrossAttention(nn.Module):
@@ -517,14 +505,15 @@ class CrossAttention(nn.Module):
 class MLP(nn.Module):
     """Two layers with a GELU between them."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, approximate: str = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(h)))
+        return self.down(F.gelu(self.up(h), approximate=self.approximate))
 
 
 class ColumnLinear(nn.Module):
@@ -551,21 +540,43 @@ class ColumnLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     @classmethod
-    def replace(cls, module: nn.Module) -> nn.Module:
+    def replace(cls, module: nn.Module, inside: tuple[type[nn.Module], ...]) -> nn.Module:
         """The module, which shares all but its plain linear layers; those become copies.
 
-        A linear layer of another class (an adapter, a quantised layer) or with hooks stays.
+        A linear layer of another class (an adapter, a quantised layer) or with hooks stays, and so
+        does all in modules of classes that are not `inside`.
         """
         if type(module) is nn.Linear:
             return module if module._forward_hooks or module._forward_pre_hooks else cls(module)
-        if type(module) not in (Block, Attention, CrossAttention, MLP):
+        if type(module) not in inside:
             return module
         module = copy.copy(module)
         module._modules = {
-            name: child if child is None else cls.replace(child)
+            name: child if child is None else cls.replace(child, inside)
             for name, child in module._modules.items()
         }
         return module
+
+
+def column_blocks(
+    blocks: nn.ModuleList,
+    inside: tuple[type[nn.Module], ...],
+    *,
+    like: Tensor,
+    dtype: torch.dtype | None,
+) -> list[nn.Module] | None:
+    """Copies of a network's blocks for decoding on a CPU; None where they would not be faster.
+
+    Args:
+        blocks: of the network.
+        inside: the classes of modules whose linear layers are copied.
+        like: one of the weights.
+        dtype: what the network computes in.
+    """
+    compiled = any(block._compiled_call_impl is not None for block in blocks)
+    if like.is_cpu and dtype == like.dtype and not compiled:
+        return [ColumnLinear.replace(block, inside) for block in blocks]
+    return None
 
 
 class TimeEmbedding(nn.Module):
@@ -585,9 +596,36 @@ class TimeEmbedding(nn.Module):
         return self.out(F.silu(self.hidden(features)))
 
 
-def norm(h: Tensor) -> Tensor:
+def attend(
+    q: Tensor,  # [B, heads, n, size]
+    k: Tensor,  # [B, heads, m, size]
+    v: Tensor,
+    *,
+    attn_mask: Tensor | Tiles | None,  # [n, m] or [M, 1, n, m]
+) -> Tensor:
+    """Attention, and the heads side by side again, `[B, n, heads size]`."""
+    batch, heads, n, _ = q.shape
+    if isinstance(attn_mask, Tiles):
+        return attn_mask.attend(q, k, v).transpose(1, 2).reshape(batch, n, -1)
+    mask = None if attn_mask is None else attn_mask.to(q.dtype)
+    if mask is not None and mask.ndim == 4 and 1 < len(mask) < batch:
+        # Parts of the batch with one mask each: as heads of as many examples.
+        q, k, v = (part.reshape(len(mask), -1, *part.shape[2:]) for part in (q, k, v))
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return h.reshape(batch, heads, n, -1).transpose(1, 2).reshape(batch, n, -1)
+
+
+def compile_blocks(blocks: nn.ModuleList, *, mode: str | None = None) -> None:
+    """Compile every block in place, as a whole; the names of the weights stay as they are."""
+    # Calls with and without mask, cache, gradient, …: about a dozen, and torch's limit is 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in blocks:  # the blocks share what is compiled
+        block.compile(mode=mode, dynamic=True, fullgraph=True)
+
+
+def norm(h: Tensor, eps: float = 1e-5) -> Tensor:
     """Zero mean and unit variance over the channels."""
-    return torch.layer_norm(h, h.shape[-1:])
+    return torch.layer_norm(h, h.shape[-1:], eps=eps)
 
 
 def rotary_angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N size"]:
@@ -598,7 +636,7 @@ def rotary_angles(coords: Float[Tensor, "N 3"], size: int) -> Float[Tensor, "2 N
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
-def _to_decode_order(
+def to_decode_order(
     features: Float[Tensor, "C N F"], order: Int[Tensor, "*B N"]
 ) -> Float[Tensor, "C N F"]:
     """Raster order to decode order; orders that differ between examples go with the condition."""

@@ -4,13 +4,18 @@ The network must be the same. What may differ is how it is conditioned, the size
 everything that is no weight: group counts, orders, overlaps, the optimizer.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from rolldiff.errors import UsageError, warn_user
 from rolldiff.hub import Pretrained
 
 __all__ = ["start_from"]
 
-# Parts of the names of weights that a training may begin without.
+# Parts of the names of weights that a training may begin without, and the settings of a network
+# that may be others. All others must agree: some of them no weight shows, such as DiT's heads.
 FREE = ("cond_embedder.", "pos_embed")
+SETTINGS = {"layout", "condition", "window", "causal", "gradient_checkpointing"}
 SHOWN = 5
 
 
@@ -44,6 +49,9 @@ def start_from(model: Pretrained, source: Pretrained) -> list[str]:
         for name in sorted((own.keys() | given.keys()) - fitting)
     }
     refused = [text for name, text in different.items() if not any(part in name for part in FREE)]
+    refused = refused or [
+        f"{name} {mine} here, {other} in init" for name, (mine, other) in _settings(model, source)
+    ]
     if refused:
         more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise UsageError(
@@ -58,6 +66,17 @@ def start_from(model: Pretrained, source: Pretrained) -> list[str]:
 def _shape(state: dict[str, object], name: str) -> str:
     found = state.get(name)
     return "none" if found is None else str(tuple(getattr(found, "shape", ())))
+
+
+def _settings(model: Pretrained, source: Pretrained) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The settings of two networks that must agree and do not."""
+    ours, theirs = (
+        getattr(getattr(getattr(each, "decoder", each), "backbone", None), "config", {})
+        for each in (model, source)
+    )
+    for name in sorted(ours.keys() - SETTINGS):
+        if ours[name] != theirs.get(name):
+            yield name, (ours[name], theirs.get(name))
 
 
 def _prediction(model: Pretrained) -> object:
