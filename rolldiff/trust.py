@@ -59,6 +59,7 @@ TARGETS = (
         "rolldiff.training.LitPrior",
         "rolldiff.training.LitTokenizer",
         "rolldiff.training.SampleGrid",
+        "rolldiff.training.decoder_of",
     }
     | {
         f"lightning.pytorch.callbacks.{name}"

@@ -25,11 +25,13 @@ CONF = config_dir()
 LEAVES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
 SEARCHES = [leaf for leaf in LEAVES if leaf.parts[0] == "hparams_search"]
 EXPERIMENTS = [leaf for leaf in LEAVES if leaf.parts[0] == "experiment"]
-# A prior needs the run of a tokenizer: see test_tokenizer.py; a recipe and a search are settings.
+# A prior needs the run of a tokenizer: see test_tokenizer.py, and decoder=init other weights: see
+# test_initial.py; a recipe and a search are settings.
 PARTS = [
     leaf
     for leaf in LEAVES
-    if leaf.parts[0] not in ("experiment", "recipe", "hparams_search") and leaf.name != "prior"
+    if leaf.parts[0] not in ("experiment", "recipe", "hparams_search")
+    and leaf.name not in ("prior", "init")
 ]
 PACKAGES = {"data", "training", "evaluation"}
 NETWORK = {"small", "base", "large", "xl", "dit_s", "dit_b", "dit_l", "dit_xl"}

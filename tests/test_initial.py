@@ -4,10 +4,20 @@ import pytest
 import torch
 from runs import composed
 
-from rolldiff import ClassLabels, Cosine, Decoder, TokenGrid, Training
+from rolldiff import (
+    ClassLabels,
+    Cosine,
+    Decoder,
+    DiT,
+    LinearBeta,
+    Patches,
+    TokenGrid,
+    Training,
+)
 from rolldiff.errors import UsageError
-from rolldiff.training import train
+from rolldiff.training import decoder_of, train
 from rolldiff.training.initial import start_from
+from rolldiff.training.run import resumed_config
 
 SMALL = {"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 2, "heads": 1}
 
@@ -91,6 +101,48 @@ TINY = [
     "report.steps=1",
     "callbacks.samples=null",
 ]
+
+
+def test_a_decoder_of_other_weights_keeps_all_but_what_is_drawn(tmp_path):
+    source = build(1, noise=Cosine(), prediction="v", num_classes=4)
+    source.save_pretrained(tmp_path)
+    decoder = decoder_of(str(tmp_path), training=Training((1, 4)), loss_space="eps")
+    assert_loaded(decoder, source)
+    assert decoder.training
+    assert (decoder.noise, decoder.prediction, decoder.loss_space) == (Cosine(), "v", "eps")
+    assert decoder.training_distribution == Training((1, 4))
+    assert decoder.conditioning.num_classes == 4
+    with pytest.raises(UsageError, match="of the weights of init, v, got eps.* ~recipe"):
+        decoder_of(str(tmp_path), training=Training(), prediction="eps")
+    with pytest.raises(UsageError, match="init must be given with decoder=init, got null"):
+        decoder_of(None, training=Training())
+    with pytest.raises(UsageError, match="init must be weights to start from"):
+        decoder_of(str(tmp_path / "none"), training=Training())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about two steps
+def test_a_dit_is_trained_further_without_naming_its_settings_and_resumed_without_it(tmp_path):
+    layout = Patches(8, channels=1, patch=2)
+    net = DiT(layout, width=16, depth=2, heads=2, condition=ClassLabels(12), timestep=(-1.0, 1.0))
+    Decoder(layout, net, noise=LinearBeta(), prediction="eps").save_pretrained(tmp_path / "dit")
+    settings = ["~recipe", "decoder=init", "training.num_groups=[1,2]", "max_steps=40"]
+    settings = [each for each in [*TINY, *settings] if not each.startswith("nn.")]
+    first = composed(
+        *settings,
+        f"init={tmp_path / 'dit'}",
+        f"run_dir={tmp_path / 'run'}",
+        "time_limit=00:00:00:00",
+    )
+    assert train(first) is None
+    (tmp_path / "dit").rename(tmp_path / "gone")
+    again = composed(f"resume={tmp_path / 'run'}", "progress=false")
+    assert train(resumed_config(again)).steps == 40
+    decoder = Decoder.from_pretrained(tmp_path / "run")
+    assert decoder.backbone.config["timestep"] == (-1.0, 1.0)
+    assert (decoder.noise, decoder.prediction) == (LinearBeta(), "eps")
+    assert decoder.training_distribution.num_groups == (1, 2)
+    assert not torch.equal(decoder.backbone.head.weight, torch.zeros(4, 16))
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about two steps

@@ -1,6 +1,7 @@
 """Training with Lightning: modules, callbacks, and a run from a configuration to a folder."""
 
 from rolldiff.training.callbacks import AveragedWeights, Clock, ProgressLines, SampleGrid
+from rolldiff.training.initial import decoder_of
 from rolldiff.training.log import CSVLog
 from rolldiff.training.module import (
     LitDecoder,
@@ -23,5 +24,6 @@ __all__ = [
     "ProgressLines",
     "SampleGrid",
     "Summary",
+    "decoder_of",
     "train",
 ]

@@ -5,18 +5,24 @@ everything that is no weight: group counts, orders, overlaps, the optimizer.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+from rolldiff.decoder import Decoder
+from rolldiff.diffusion.process import LossSpace, Prediction
+from rolldiff.diffusion.timesteps import TrainingDistribution
 from rolldiff.errors import UsageError, warn_user
-from rolldiff.hub import Pretrained
+from rolldiff.hub import Pretrained, read_checkpoint
+from rolldiff.trust import trusted_prefixes
 
-__all__ = ["start_from"]
+__all__ = ["decoder_of", "read_init", "start_from"]
 
 # Parts of the names of weights that a training may begin without, and the settings of a network
 # that may be others. All others must agree: some of them no weight shows, such as DiT's heads.
 FREE = ("cond_embedder.", "pos_embed")
 SETTINGS = {"layout", "condition", "window", "causal", "gradient_checkpointing"}
 SHOWN = 5
+
+M = TypeVar("M", bound=Pretrained)
 
 
 def start_from(model: Pretrained, source: Pretrained) -> list[str]:
@@ -66,6 +72,49 @@ def start_from(model: Pretrained, source: Pretrained) -> list[str]:
 def _shape(state: dict[str, object], name: str) -> str:
     found = state.get(name)
     return "none" if found is None else str(tuple(getattr(found, "shape", ())))
+
+
+def decoder_of(
+    init: str | None,
+    *,
+    training: TrainingDistribution,
+    loss_space: LossSpace = "velocity",
+    prediction: Prediction | None = None,
+    trust: object = None,
+) -> Decoder:
+    """The decoder that a training starts from, to be trained for other settings.
+
+    Args:
+        init: a run, a checkpoint or a repository on the Hub.
+        training: the settings that training draws from now on.
+        loss_space: the space of the squared error from now on.
+        prediction: what the network predicts, if that is to be checked.
+        trust: packages whose classes it may name.
+
+    Raises:
+        UsageError: if there are no such weights, or they predict something else.
+    """
+    if init is None:
+        raise UsageError("init must be given with decoder=init, got null")
+    source = read_init(init, Decoder, trust=trust)
+    if prediction not in (None, source.prediction):
+        raise UsageError(
+            f"decoder.prediction must be that of the weights of init, {source.prediction}, got "
+            f"{prediction}; where a recipe for the data has set it, ~recipe leaves that out"
+        )
+    return Decoder(**source.train().config | {"training": training, "loss_space": loss_space})
+
+
+def read_init(init: str, kind: type[M], *, trust: object = None) -> M:
+    """The model that a training starts from.
+
+    Raises:
+        UsageError: if there is none, or it is of another kind.
+    """
+    try:
+        return read_checkpoint(init, kind, trusted=trusted_prefixes(trust))
+    except UsageError as error:  # which speaks of a checkpoint
+        raise UsageError(f"init must be weights to start from: {error}") from error
 
 
 def _settings(model: Pretrained, source: Pretrained) -> Iterator[tuple[str, tuple[Any, Any]]]:

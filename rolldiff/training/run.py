@@ -40,7 +40,7 @@ from rolldiff.processes import OtherProcessError, Processes, are_started, is_los
 from rolldiff.processes import start as start_processes
 from rolldiff.signals import Interrupted
 from rolldiff.training.callbacks import Clock, duration, progress_bar
-from rolldiff.training.initial import start_from
+from rolldiff.training.initial import read_init, start_from
 from rolldiff.training.module import LitModel
 from rolldiff.training.sharding import is_sharded
 from rolldiff.trust import DEVICES, RESUMABLE, escaped, portable, read_run_config, trusted_prefixes
@@ -449,11 +449,7 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
         model = {"model": read_checkpoint(start.path, kind, trusted=trusted).train()}
     lit = _instantiate(cfg.lit, **model)
     if start is None and cfg.get("init") is not None:
-        try:
-            source = read_checkpoint(cfg.init, kind, trusted=trusted_prefixes(cfg.trust))
-        except UsageError as error:  # which speaks of a checkpoint
-            raise UsageError(f"init must be weights to start from: {error}") from error
-        left = start_from(lit.model, source)
+        left = start_from(lit.model, read_init(cfg.init, kind, trust=cfg.trust))
         if group.is_main:
             kept = "".join(f"\n  {text}" for text in left)
             print(f"Starts from the weights of {cfg.init}" + (f", without:{kept}" if left else ""))
