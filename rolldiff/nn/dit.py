@@ -8,7 +8,7 @@ same for one group, and can be trained further for several. `integrations.dit` l
 
 A projection of the time for every token and block costs half as much again as the block itself. All
 tokens of a call share one row of it where they have one time, as all moving tokens do without
-overlap.
+overlap. On a CPU, tokens in a row share one; on an accelerator, finding them would wait for it.
 """
 
 import math
@@ -247,7 +247,11 @@ class DiT(Backbone):
             h = h.repeat(branches, 1, 1)
         if context.tokens is not None:
             h = h + context.tokens[:, span]
-        c = F.silu(time + context.cond).split(self.width, dim=-1)  # each [B, n or 1, width]
+        rows = None
+        if time.is_cpu and time.ndim == 2 and len(time) > 1 and not time.requires_grad:
+            time, rows = time.unique_consecutive(dim=0, return_inverse=True)
+        # Each [B, r, width], r rows for n tokens.
+        c = F.silu(time + context.cond).split(self.width, dim=-1)
         seen = None
         if self.causal and isinstance(mask, Tensor):
             seen = mask[:, None] if mask.ndim == 3 else mask  # an axis for the heads
@@ -257,10 +261,10 @@ class DiT(Backbone):
             kv = None if slots is None else slots[layer]
             here = c[layer % self.copies]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, here, attn_mask=seen, kv=kv, use_reentrant=False)
+                h = checkpoint(block, h, here, rows, attn_mask=seen, kv=kv, use_reentrant=False)
             else:
-                h = block(h, here, attn_mask=seen, kv=kv)
-        shift, scale = self.head_modulation(c[0]).chunk(2, dim=-1)
+                h = block(h, here, rows, attn_mask=seen, kv=kv)
+        shift, scale = _spread(self.head_modulation(c[0]), rows).chunk(2, dim=-1)
         return self.head(norm(h, 1e-6) * (1 + scale) + shift)
 
 
@@ -280,15 +284,21 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,  # [B, n, width]
-        c: Tensor,  # [B, n or 1, width]
+        c: Tensor,  # [B, r, width]
+        rows: Tensor | None = None,  # [n], which row each token has; None if r is n or 1
         *,
         attn_mask: Tensor | None = None,  # [n, m] or [M, 1, n, m]
         kv: KVSlot | None = None,
     ) -> Tensor:
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, dim=-1)
+        modulation = _spread(self.modulation(c), rows)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         attended = self.attn(norm(h, 1e-6) * (1 + scale) + shift, attn_mask=attn_mask, kv=kv)
         h = h + gate * attended
         return h + gate_mlp * self.mlp(norm(h, self.mlp_eps) * (1 + scale_mlp) + shift_mlp)
+
+
+def _spread(c: Tensor, rows: Tensor | None) -> Tensor:
+    return c if rows is None else c[:, rows]
 
 
 class Attention(nn.Module):
