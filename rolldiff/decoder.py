@@ -228,6 +228,8 @@ class Decoder(Pretrained):
         loss_space: the space of the squared error; `bound` weights it as the variational bound of
             the likelihood does.
         training: the settings that training draws. Decoding outside of them warns.
+        latents: whether its images are latents of an autoencoder, which may hold any finite values,
+            instead of pictures in [-1, 1].
 
     Raises:
         UsageError: if a part is something else, or the parts do not fit together.
@@ -244,12 +246,14 @@ class Decoder(Pretrained):
         prediction: Prediction = "x",
         loss_space: LossSpace = "velocity",
         training: TrainingDistribution = TrainingDistribution(),
+        latents: bool = False,
     ) -> None:
         super().__init__()
         check_layout(layout)
         instance(backbone, Backbone, "backbone", "a Backbone such as a Transformer")
         instance(noise, NoiseSchedule, "noise", "a noise schedule such as Rectified()")
         instance(training, TrainingDistribution, "training", "a TrainingDistribution")
+        latents = boolean(latents, "latents")
         spaces = {"prediction": (prediction, Prediction), "loss_space": (loss_space, LossSpace)}
         for name, (space, kinds) in spaces.items():
             if not isinstance(space, str) or space not in get_args(kinds):
@@ -273,6 +277,7 @@ class Decoder(Pretrained):
             "prediction": prediction,
             "loss_space": loss_space,
             "training": training,
+            "latents": latents,
         }
         self.layout = layout
         self.backbone = backbone
@@ -280,6 +285,7 @@ class Decoder(Pretrained):
         self.prediction: Prediction = prediction
         self.loss_space: LossSpace = loss_space
         self.training_distribution = training
+        self.latents = latents
 
     @classmethod
     def build(
@@ -298,6 +304,7 @@ class Decoder(Pretrained):
         noise: NoiseSchedule = Rectified(),
         prediction: Prediction = "x",
         training: TrainingDistribution = TrainingDistribution(),
+        latents: bool = False,
     ) -> "Decoder":
         """A decoder of patches with a transformer.
 
@@ -318,6 +325,7 @@ class Decoder(Pretrained):
             prediction: what the network predicts; `velocity` learns faster where a token holds few
                 numbers, `x` is for large patches (Li and He 2025).
             training: the settings that training draws.
+            latents: whether its images are latents of an autoencoder.
 
         Raises:
             UsageError: if the sizes do not fit together.
@@ -336,7 +344,14 @@ class Decoder(Pretrained):
             window=window,
             causal=causal,
         )
-        return cls(layout, backbone, noise=noise, prediction=prediction, training=training)
+        return cls(
+            layout,
+            backbone,
+            noise=noise,
+            prediction=prediction,
+            training=training,
+            latents=latents,
+        )
 
     @property
     def conditioning(self) -> Conditioning:
@@ -372,8 +387,9 @@ class Decoder(Pretrained):
         are shown as clean context carry no loss.
 
         Args:
-            image: `[B, C, H, W]`, floating point, in [-1, 1]. On an accelerator the values of image
-                and condition are checked in the first call alone, because that waits for it.
+            image: `[B, C, H, W]`, floating point, in [-1, 1]; with `latents` any finite values. On
+                an accelerator the values of image and condition are checked in the first call
+                alone, because that waits for it.
             cond: the condition, or None; several in a dictionary by name. Its gradient is kept.
             generator: a CPU generator for all random draws; None uses torch's own.
             shard: which part of a global batch this is, if several processes hold equal parts of
@@ -393,7 +409,9 @@ class Decoder(Pretrained):
                 "loss must be that of the decoder itself, got a decoder resized to "
                 f"{self.layout.image_shape[1:]}"
             )
-        image = check_image(image, self.layout, check_values=check_values)
+        image = check_image(
+            image, self.layout, unbounded=self.latents, check_values=check_values
+        )
         if image.device != self.device:
             raise UsageError(
                 f"image must be on the decoder's device {self.device}, got {image.device}"
@@ -597,12 +615,17 @@ class Decoder(Pretrained):
             The bits per dimension of each image, with their errors and cost.
 
         Raises:
-            UsageError: if an argument is out of range, a value of `image` is between the levels, or
-                a bidirectional backbone is asked for several groups.
+            UsageError: if an argument is out of range, a value of `image` is between the levels, a
+                bidirectional backbone is asked for several groups, or the images are latents.
 
         Warns:
             UserWarning: if the settings are outside the training distribution.
         """
+        if self.latents:
+            raise UsageError(
+                "log_likelihood needs a decoder of pictures, whose values have levels, got one of "
+                "latents"
+            )
         names = {f.name for f in fields(LikelihoodConfig)}
         how = {name: overrides.pop(name) for name in list(overrides) if name in names}
         config = configured(config, overrides, others=(*names, "likelihood", "seed", "start_index"))

@@ -84,6 +84,8 @@ class DiffusersDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         instance(decoder, Decoder | Mapping, "decoder", "a Decoder or its configuration")
         model = decoder if isinstance(decoder, Decoder) else _fresh(decoder)
+        if model.latents:
+            raise UsageError("decoder must be one of pictures, got one of latents")
         if encoder is not None:
             instance(encoder, nn.Module, "encoder", "an nn.Module")
         instance(decode_config, DecodeConfig | Mapping, "decode_config", "a DecodeConfig")

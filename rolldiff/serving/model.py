@@ -83,6 +83,8 @@ class Served:
 
     def __post_init__(self) -> None:
         instance(self.decoder, Decoder, "decoder", "a Decoder")
+        if self.decoder.latents:
+            raise UsageError("ckpt must be a decoder of pictures, got one of latents")
         if not self.name or not isinstance(self.name, str):
             raise UsageError(f"name must be a text, got {shown(self.name)}")
         if (self.prior is None) != (self.tokenizer is None):

@@ -172,6 +172,8 @@ class Tokenizer(Pretrained):
         super().__init__()
         instance(encoder, Encoder, "encoder", "an Encoder")
         instance(decoder, Decoder, "decoder", "a Decoder")
+        if decoder.latents:
+            raise UsageError("decoder must be one of pictures, got one of latents")
         levels = whole_numbers(levels, "levels", minimum=2, maximum=MAX_CODES)
         if not levels or prod(levels) > MAX_CODES:
             raise UsageError(
