@@ -34,6 +34,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 import rolldiff
 from rolldiff.conditioning import ClassLabels, Conditioning
@@ -182,10 +183,18 @@ def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> Outcome:
 
 def decode(cfg: DictConfig) -> None:
     """Decode images, to one picture, an animation, a file per image, or an array for evaluators."""
-    from rolldiff.evaluation.images import make_grid, save_gif, save_images, save_npz, save_picture
+    from rolldiff.evaluation.images import (
+        make_grid,
+        save_gif,
+        save_images,
+        save_latents,
+        save_npz,
+        save_picture,
+    )
 
     decoder = _load(cfg, "ckpt", Decoder)
-    out = _out(cfg, (".png", ".gif", ".npz", ""))
+    out = _out(cfg, (".png", ".gif", ".npz", ".safetensors", ""))
+    pictures = _pictures(cfg, decoder, out)
     config = instantiate(cfg.decode, _convert_="all")
     num_images = whole_number(cfg.num_images, "num_images", maximum=MAX_IMAGES)
     batch_size = min(whole_number(cfg.batch_size, "batch_size"), num_images)
@@ -203,7 +212,7 @@ def decode(cfg: DictConfig) -> None:
         frames = decoder.stream(
             labels(0, num_images), config, num_images=num_images, frames=cfg.frames, **options
         )
-        save_gif((make_grid(frame.image) for frame in frames), out)
+        save_gif((make_grid(pictures(frame.image)) for frame in frames), out)
         print(out)
         return
     costs = []
@@ -214,7 +223,7 @@ def decode(cfg: DictConfig) -> None:
             cond = labels(start, count)
             output = decoder.decode(cond, config, num_images=count, start_index=start, **options)
             costs.append(output.cost)
-            yield output.image.cpu()
+            yield pictures(output.image).cpu()
 
     match out.suffix.lower():
         case ".png":
@@ -222,6 +231,8 @@ def decode(cfg: DictConfig) -> None:
             save_picture(make_grid(torch.cat(list(batches()))), out)
         case ".npz":
             save_npz(batches(), out)
+        case ".safetensors":
+            save_latents(batches(), out)
         case _:
             save_images(batches(), out)
     print(
@@ -440,6 +451,30 @@ def _labels(label: Any, conditioning: Conditioning, num_images: int) -> Callable
         return {name: labels} if several else labels
 
     return condition
+
+
+def _pictures(cfg: DictConfig, decoder: Decoder, out: Path) -> Callable[[Tensor], Tensor]:
+    """From decoded images to those that are written to a file.
+
+    Raises:
+        UsageError: if latents are to be written as pictures without an autoencoder, or the reverse.
+    """
+    numbers = out.suffix.lower() == ".safetensors"
+    if numbers and not decoder.latents:
+        raise UsageError(f"out must be of pictures for a decoder of pictures, got {out}")
+    if cfg.autoencoder is not None and (numbers or not decoder.latents):
+        of = "out=*.safetensors" if numbers else "a decoder of pictures"
+        raise UsageError(f"autoencoder must be null for {of}, got {cfg.autoencoder.path}")
+    if numbers or not decoder.latents:
+        return lambda image: image
+    if cfg.autoencoder is None:
+        raise UsageError(
+            "autoencoder must make pictures of latents (autoencoder=kl autoencoder.path=FOLDER), "
+            "got none; out=FILE.safetensors takes the latents themselves"
+        )
+    autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+    autoencoder.check_latents(decoder.layout.image_shape)
+    return autoencoder.decode
 
 
 def _refuse_huge_pages(num_images: int) -> None:

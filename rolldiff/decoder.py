@@ -409,9 +409,7 @@ class Decoder(Pretrained):
                 "loss must be that of the decoder itself, got a decoder resized to "
                 f"{self.layout.image_shape[1:]}"
             )
-        image = check_image(
-            image, self.layout, unbounded=self.latents, check_values=check_values
-        )
+        image = check_image(image, self.layout, unbounded=self.latents, check_values=check_values)
         if image.device != self.device:
             raise UsageError(
                 f"image must be on the decoder's device {self.device}, got {image.device}"

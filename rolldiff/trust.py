@@ -41,7 +41,9 @@ DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
 
-DATA = frozenset(f"rolldiff.data.{name}" for name in ("Digits", "Folder", "Hub", "Photos"))
+DATA = frozenset(
+    f"rolldiff.data.{name}" for name in ("Digits", "Folder", "Hub", "Latents", "Photos")
+)
 
 TARGETS = (
     DATA
@@ -49,6 +51,7 @@ TARGETS = (
     | {
         "datetime.timedelta",
         "lightning.Trainer",
+        "rolldiff.integrations.autoencoder.Autoencoder.from_pretrained",
         "rolldiff.evaluation.report.DecoderReport",
         "rolldiff.evaluation.report.PriorReport",
         "rolldiff.evaluation.report.TokenizerReport",
@@ -83,7 +86,7 @@ TARGETS = (
 
 # Settings that name a place that is written to, and settings that name one that is only read.
 WRITTEN = frozenset({"default_root_dir", "dirpath", "folder", "save_dir"})
-READ = frozenset({"init", "path", "resume", "run_dir", "tokenizer"})
+READ = frozenset({"init", "labels", "path", "resume", "run_dir", "tokenizer"})
 
 # Nobody's own package: it is never proposed to trust all that they hold.
 LIBRARIES = frozenset({"hydra", "lightning", "numpy", "rolldiff", "torch"})

@@ -8,6 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from autoencoders import tiny_kl
 from datasets import Dataset, Features, Image, Value
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
@@ -33,7 +34,7 @@ PARTS = [
     if leaf.parts[0] not in ("experiment", "recipe", "hparams_search")
     and leaf.name not in ("prior", "init")
 ]
-PACKAGES = {"data", "training", "evaluation"}
+PACKAGES = {"data", "training", "evaluation", "integrations"}
 NETWORK = {"small", "base", "large", "xl", "dit_s", "dit_b", "dit_l", "dit_xl"}
 TINY = [
     "max_steps=3",
@@ -90,7 +91,12 @@ def test_every_leaf_instantiates(leaf, tmp_path, monkeypatch):
         "parquet": ["data.path=somewhere", "data.image_size=8", "num_classes=2"],
         "tokenizer": ["experiment=tokenizer"],
         "folder": ["data.path=somewhere", "data.image_size=8", "num_classes=2"],
+        "kl": [f"autoencoder.path={tmp_path / 'kl'}"],
     }.get(name, [])
+    if str(leaf) == "data/latents":
+        overrides.append("data.path=somewhere")
+    if name == "kl":
+        tiny_kl().save_pretrained(tmp_path / "kl")
     overrides += here(leaf)
     cfg = composed(command, *overrides)
     if command == "train":

@@ -1,7 +1,8 @@
-"""Image sources as Lightning data modules."""
+"""Sources of images, and of their latents, as Lightning data modules."""
 
-from rolldiff.data.module import Images
+from rolldiff.data.latents import Latents
+from rolldiff.data.module import Images, Source
 from rolldiff.data.photos import Photos
 from rolldiff.data.sources import Digits, Folder, Hub
 
-__all__ = ["Digits", "Folder", "Hub", "Images", "Photos"]
+__all__ = ["Digits", "Folder", "Hub", "Images", "Latents", "Photos", "Source"]

@@ -29,6 +29,7 @@ __all__ = [
     "Record",
     "ResumableSampler",
     "StreamingImages",
+    "encoded",
     "load_image",
     "load_images",
     "permutation",
@@ -95,11 +96,44 @@ def stacked(
     return torch.stack(images), torch.tensor(labels)
 
 
-class InMemoryImages(Dataset):
-    """Decoded images, held either as bytes or as floats in [-1, 1]."""
+def encoded(
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    parts: Iterable[Int[Tensor, " B"]],
+    flip: bool,
+) -> "InMemoryImages":
+    """The latents of a dataset of images, computed once and held in memory.
 
-    def __init__(self, image: Tensor, label: Tensor) -> None:
-        self.image, self.label = image, label
+    Args:
+        dataset: the images.
+        encode: images to latents.
+        parts: the indices of all images, a part at a time.
+        flip: also encode the mirror images, whose latents are not mirrored latents.
+    """
+    latents, labels, mirrored = [], [], []
+    for part in parts:
+        image, label = dataset[part]
+        latents.append(encode(image))
+        labels.append(label)
+        if flip:
+            mirrored.append(encode(image.flip(-1)))
+    return InMemoryImages(
+        torch.cat(latents), torch.cat(labels), mirrored=torch.cat(mirrored) if flip else None
+    )
+
+
+class InMemoryImages(Dataset):
+    """Decoded images, held as bytes or as floats.
+
+    Args:
+        image: the images.
+        label: their labels.
+        mirrored: their mirror images, of latents; None takes the images from right to left.
+    """
+
+    def __init__(self, image: Tensor, label: Tensor, *, mirrored: Tensor | None = None) -> None:
+        self.image, self.label, self.mirrored = image, label, mirrored
 
     def __len__(self) -> int:
         return len(self.image)
@@ -178,8 +212,11 @@ class HFlip(Dataset):
 
     def __getitem__(self, index: Int[Tensor, " B"]) -> Batch:
         size = len(self.subset)
-        image, label = self.dataset[self.subset[index % size]]
-        return torch.where((index >= size)[:, None, None, None], image.flip(-1), image), label
+        chosen = self.subset[index % size]
+        image, label = self.dataset[chosen]
+        stored = getattr(self.dataset, "mirrored", None)
+        mirrored = image.flip(-1) if stored is None else stored[chosen]
+        return torch.where((index >= size)[:, None, None, None], mirrored, image), label
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch, for a `DataLoader` whose batches are lists of indices."""
@@ -329,5 +366,5 @@ def _rest_of_epoch(done: int, batches_per_epoch: int) -> range:
 
 
 def _scale(image: Tensor) -> Tensor:
-    """Bytes to [-1, 1]; floats are in that range already."""
+    """Bytes to [-1, 1]; floats are images already."""
     return image if image.is_floating_point() else image.float() / 127.5 - 1

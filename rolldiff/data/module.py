@@ -1,12 +1,13 @@
-"""`Images`: the Lightning data module that all image sources share.
+"""`Source`: the Lightning data module that all sources share; `Images`: one of pictures.
 
-Images are `[C, H, W]` in [-1, 1], each with an integer label. The held-out images and the order of
-training depend on the seed alone; training resumed from a checkpoint continues with the batch that
-would have come next.
+An example is an image `[C, H, W]`, a picture in [-1, 1] or the latents of one, with an integer
+label. The held-out examples and the order of training depend on the seed alone; training resumed
+from a checkpoint continues with the batch that would have come next.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,72 +26,99 @@ from rolldiff.data.datasets import (
     OnError,
     Record,
     ResumableSampler,
+    encoded,
     load_image,
     load_images,
     permutation,
 )
-from rolldiff.errors import UsageError, finite_number, whole_number
+from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
+from rolldiff.integrations.autoencoder import Autoencoder
 from rolldiff.pixels import Color
+from rolldiff.progress import progress
 
-__all__ = ["Images"]
+__all__ = ["Images", "Source"]
 
 MAX_BYTES_IN_MEMORY = 2**32  # of decoded images; larger datasets are decoded lazily
+ENCODED = 100  # images given to the autoencoder between two looks at the clock
 VALIDATED = 500  # images per batch of a validation
 FEW = 2000  # images that stand for a large dataset in comparisons and validations
 
 
 @dataclass(kw_only=True, eq=False)
-class Images(L.LightningDataModule, ABC):
-    """Images of one source at one size; subclasses implement `build_dataset`.
+class Source(L.LightningDataModule, ABC):
+    """Examples of one shape; subclasses implement `stored_shape`, `load` and `build_dataset`.
 
     Args:
-        image_size: side in pixels; images of another size are cropped to a square and resized.
-        channels: 1 for grey, 3 for RGB.
+        autoencoder: encodes pictures once, when they are loaded, so that the examples are their
+            latents; None for none. Beside stored latents it only makes pictures of them.
         batch_size: examples per batch, of all processes together; a multiple of their number.
         max_steps: optimizer steps per epoch.
         seed: of the split and of the order; any whole number of 0 or more.
-        flip: also train on the mirror image of every image, which doubles the dataset.
         held_out: fraction of the images that is never trained on, in [0, 1).
         reference_images: number of training images that samples are compared to, 2 or more, chosen
             at random; None takes all, or 2,000 if all of them as floats exceed 4 GiB.
         on_error: whether an unreadable image is skipped with a warning or raises.
         workers: processes that decode images, if the dataset is too large to be held decoded.
-        background: the colour behind transparent pixels, a grey or three numbers in 0 … 255.
     """
 
-    image_size: int
-    channels: int
+    autoencoder: Autoencoder | None = None
     batch_size: int = 128
     max_steps: int = 1000
     seed: int = 0
-    flip: bool = False
     held_out: float = 0.0
     reference_images: int | None = None
     on_error: OnError = "skip"
     workers: int = 0
-    background: int | Sequence[int] = 255
+
+    # What stands in the records, and whether training also sees the mirror image of each.
+    stores_latents = False
+    bytes_per_value = 1
+    flip = False
 
     def __post_init__(self) -> None:
         super().__init__()
-        for name, most in (("image_size", 2**16), ("batch_size", 2**20), ("max_steps", 10**12)):
+        for name, most in (("batch_size", 2**20), ("max_steps", 10**12)):
             setattr(self, name, whole_number(getattr(self, name), name, maximum=most))
         self.seed = whole_number(self.seed, "seed", minimum=0)
         self.workers = whole_number(self.workers, "workers", minimum=0, maximum=10**4)
-        if whole_number(self.channels, "channels") not in (1, 3):
-            raise UsageError(f"channels must be 1 or 3, got {self.channels}")
-        self.channels = int(self.channels)
         self.held_out = finite_number(self.held_out, "held_out", minimum=0, maximum=1)
         if self.held_out == 1:
             raise UsageError("held_out must be in [0, 1), got 1")
         if self.reference_images is not None:
             number = whole_number(self.reference_images, "reference_images", minimum=2)
             self.reference_images = number
-        if not isinstance(self.flip, bool):
-            raise UsageError(f"flip must be true or false, got {self.flip!r}")
         if self.on_error not in ("skip", "raise"):
             raise UsageError(f"on_error must be skip or raise, got {self.on_error!r}")
-        self._color = _color(self.background)
         self._batches_before = 0
+
+    @property
+    @abstractmethod
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded record."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an example.
+
+        Raises:
+            UsageError: if the autoencoder does not fit what is stored.
+        """
+        if self.autoencoder is None:
+            return self.stored_shape
+        if self.stores_latents:
+            self.autoencoder.check_latents(self.stored_shape)
+            return self.stored_shape
+        return self.autoencoder.latent_shape(self.stored_shape)
+
+    @property
+    def latents(self) -> bool:
+        """Whether the examples are latents."""
+        return self.stores_latents or self.autoencoder is not None
+
+    @property
+    @abstractmethod
+    def load(self) -> Load:
+        """Decodes one record, to bytes or to floats."""
 
     @abstractmethod
     def build_dataset(self) -> Dataset:
@@ -112,22 +140,25 @@ class Images(L.LightningDataModule, ABC):
 
     def from_records(self, records: Sequence[Record]) -> Dataset:
         """A dataset of encoded images: decoded now if they fit into memory, else when indexed."""
-        if len(records) * self.channels * self.image_size**2 <= MAX_BYTES_IN_MEMORY:
+        if (
+            len(records) * self.bytes_per_value * math.prod(self.stored_shape)
+            <= MAX_BYTES_IN_MEMORY
+        ):
             return InMemoryImages(*load_images(records, self.load, on_error=self.on_error))
         if self.on_error == "raise":  # now, not in the middle of an epoch
             for record in records:
                 self.load(record)
         return LazyImages(records, self.load)
 
-    @property
-    def load(self) -> Load:
-        """Decodes one record to the size and the channels of this source."""
-        return partial(
-            load_image,
-            image_size=self.image_size,
-            channels=self.channels,
-            background=self._color,
-        )
+    def left_out(self, rule: str) -> None:
+        """Warn that something is left out, or refuse it with `on_error="raise"`.
+
+        Raises:
+            UsageError: with `on_error="raise"`.
+        """
+        if self.on_error == "raise":
+            raise UsageError(rule)
+        warn_user(f"left out: {rule}")
 
     @property
     def rank(self) -> int:
@@ -236,8 +267,18 @@ class Images(L.LightningDataModule, ABC):
         return self.workers if isinstance(self._dataset, LazyImages) else 0
 
     @cached_property
-    def _dataset(self) -> Dataset:
+    def _stored(self) -> Dataset:
         return self.build_dataset()
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        if self.autoencoder is None or self.stores_latents:
+            return self._stored
+        size = len(self._stored)  # type: ignore[arg-type]
+        parts: Iterable[Int[Tensor, " B"]] = torch.arange(size).split(ENCODED)
+        if self.rank == 0:
+            parts = progress(parts, f"encoding {size} images, {ENCODED} at a time")
+        return encoded(self._stored, self.autoencoder.encode, parts=parts, flip=self.flip)
 
     @cached_property
     def _split(self) -> tuple[Int[Tensor, " A"], Int[Tensor, " B"]]:
@@ -258,7 +299,7 @@ class Images(L.LightningDataModule, ABC):
         train = self._split[0]
         number = self.reference_images
         if number is None:
-            floats = len(train) * self.channels * self.image_size**2
+            floats = len(train) * math.prod(self.shape)
             number = FEW if 4 * floats > MAX_BYTES_IN_MEMORY else len(train)
         return self._dataset[self._some(train, number)]
 
@@ -267,6 +308,47 @@ class Images(L.LightningDataModule, ABC):
         if number >= len(index):
             return index
         return index[permutation(len(index), self.seed)[:number]]
+
+
+@dataclass(kw_only=True, eq=False)
+class Images(Source):
+    """Pictures of one source at one size; subclasses implement `build_dataset`.
+
+    Args:
+        image_size: side in pixels; images of another size are cropped to a square and resized.
+        channels: 1 for grey, 3 for RGB.
+        flip: also train on the mirror image of every image, which doubles the dataset.
+        background: the colour behind transparent pixels, a grey or three numbers in 0 … 255.
+    """
+
+    image_size: int
+    channels: int
+    flip: bool = False
+    background: int | Sequence[int] = 255
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.image_size = whole_number(self.image_size, "image_size", maximum=2**16)
+        if whole_number(self.channels, "channels") not in (1, 3):
+            raise UsageError(f"channels must be 1 or 3, got {self.channels}")
+        self.channels = int(self.channels)
+        if not isinstance(self.flip, bool):
+            raise UsageError(f"flip must be true or false, got {self.flip!r}")
+        self._color = _color(self.background)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def load(self) -> Load:
+        """Decodes one record to the size and the channels of this source."""
+        return partial(
+            load_image,
+            image_size=self.image_size,
+            channels=self.channels,
+            background=self._color,
+        )
 
 
 def share(index: Int[Tensor, " N"], size: int, *, rank: int, world_size: int) -> Int[Tensor, " M"]:

@@ -104,8 +104,8 @@ class Photos(Images):
 
     @cached_property
     def _split(self) -> tuple[Int[Tensor, " A"], Int[Tensor, " B"]]:
-        assert isinstance(self._dataset, Crops)
-        held_out = self._dataset.photo >= len(self.photos) - self._count_held_out(self.photos)
+        assert isinstance(self._stored, Crops)
+        held_out = self._stored.photo >= len(self.photos) - self._count_held_out(self.photos)
         return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
 
 

@@ -1,6 +1,5 @@
 """Image sources: scikit-learn's digits, a folder of image files, a Hugging Face dataset."""
 
-import errno
 import os
 import re
 import sys
@@ -17,8 +16,9 @@ from PIL import Image as Pillow
 from torch.utils.data import DataLoader, Dataset
 
 from rolldiff.data.datasets import InMemoryImages, Record, StreamingImages, readable, stacked
+from rolldiff.data.folders import FileKind, existing_folder, labelled_files, named_folder
 from rolldiff.data.module import Images
-from rolldiff.errors import UsageError, reason, warn_user
+from rolldiff.errors import UsageError, reason
 
 __all__ = ["Digits", "Folder", "Hub"]
 
@@ -80,7 +80,7 @@ class Folder(Images):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._root = _folder(self.path)
+        self._root = named_folder(self.path, PICTURES.name)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -101,67 +101,10 @@ class Folder(Images):
     @cached_property
     def _found(self) -> tuple[list[Record], tuple[str, ...]]:
         """All records, and the names of the classes."""
-        stray, folders = self._listed(_existing(self._root))
-        below = {folder: self._files(folder) for folder in folders}
-        classes = [folder for folder in folders if any(map(_is_picture, below[folder]))]
-        files = [(file, i) for i, folder in enumerate(classes) for file in below.pop(folder)]
-        stray += [file for folder in below for file in below[folder]]
-        if not classes:
-            files = [(file, 0) for file in stray]
-        elif stray:
-            others = f" and {len(stray) - 1} others" if len(stray) > 1 else ""
-            self._left_out(f"pictures must be in the folder of a class, got {stray[0]}{others}")
-        names = tuple(os.path.basename(folder) for folder in classes)
+        files, names = labelled_files(
+            existing_folder(self._root, PICTURES.name), PICTURES, self.left_out
+        )
         return [Record(file, file, label) for file, label in files], names
-
-    def _files(self, folder: str) -> list[str]:
-        """All files below a folder that may be pictures, in the order of their paths."""
-        found: list[str] = []
-        waiting, seen = [folder], set()
-        while waiting:
-            path = waiting.pop()
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                self._unreadable(path, error)
-                continue
-            if (key := (status.st_dev, status.st_ino)) not in seen:
-                seen.add(key)
-                files, folders = self._listed(path)
-                found += files
-                waiting += folders
-        return sorted(found, key=lambda file: file.split(os.sep))
-
-    def _listed(self, folder: str) -> tuple[list[str], list[str]]:
-        """The files in a folder that may be pictures, and its subfolders; both sorted."""
-        files, folders = [], []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if _is_folder(entry):
-                        folders.append(entry.path)
-                    elif _may_be_picture(entry):
-                        files.append(entry.path)
-        except OSError as error:
-            self._unreadable(folder, error)
-        return sorted(files), sorted(folders)
-
-    def _unreadable(self, folder: str, error: OSError) -> None:
-        self._left_out(f"folders must be readable, got {folder}: {reason(error)}")
-
-    def _left_out(self, rule: str) -> None:
-        if self.on_error == "raise":
-            raise UsageError(rule)
-        warn_user(f"left out: {rule}")
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # of a link: either to itself, or to what cannot be read
-        return error.errno != errno.ELOOP
 
 
 def _may_be_picture(entry: os.DirEntry[str]) -> bool:
@@ -176,24 +119,7 @@ def _is_picture(file: str) -> bool:
     return kind in Pillow.OPEN or kind == "MPO"  # which is read as a JPEG
 
 
-def _folder(path: Any) -> Path:
-    """The folder that a user named; the empty text does not mean the working directory."""
-    if not isinstance(path, str | Path) or not str(path).strip():
-        raise UsageError(f"data.path must be a folder of pictures, got {path!r}")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # nobody has this name
-        raise UsageError(f"data.path must be a folder of pictures, got {path}") from error
-
-
-def _existing(folder: Path) -> str:
-    try:
-        found = folder.is_dir()
-    except (OSError, ValueError):  # a name that is too long, or holds a null character
-        found = False
-    if not found:
-        raise UsageError(f"data.path must be a folder of pictures, got {folder}")
-    return str(folder)
+PICTURES = FileKind(name="pictures", may_be=_may_be_picture, is_one=_is_picture)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -226,7 +152,7 @@ class Hub(Images):
         super().__post_init__()
         if not self.name and self.path is None:
             raise UsageError("data.name or data.path must say which image set, got neither")
-        self._root = None if self.path is None else _folder(self.path)
+        self._root = None if self.path is None else named_folder(self.path, PICTURES.name)
         if set("*?[]") & set(str(self._root or "")):  # `datasets` would expand them
             raise UsageError(f"data.path must be free of * ? [ ] for a hub set, got {self.path}")
         if not isinstance(self.split, str) or not self.split:
@@ -243,6 +169,11 @@ class Hub(Images):
             )
         if not isinstance(self.streaming, bool):
             raise UsageError(f"streaming must be true or false, got {self.streaming!r}")
+        if self.streaming and self.autoencoder is not None:
+            raise UsageError(
+                "streaming must be false with an autoencoder, which encodes all images first, got "
+                "true"
+            )
         if self.streaming and (self.held_out or self.flip or self.reference_images is None):
             raise UsageError(
                 "streaming must come with reference_images, held_out 0 and flip false, got "
@@ -395,7 +326,7 @@ class Hub(Images):
     def _loaded(self) -> Any:
         from datasets import load_dataset
 
-        path = self.name if self._root is None else _existing(self._root)
+        path = self.name if self._root is None else existing_folder(self._root, PICTURES.name)
         try:
             return load_dataset(path, split=self.split, streaming=self.streaming)
         # It raises errors of many libraries.

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from rolldiff.data import Images
+from rolldiff.data import Source
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import named_device
 from rolldiff.diffusion.schedule import groupings_of
@@ -113,7 +113,7 @@ def bits_per_dim(
     )
 
 
-def held_out(data: Images, count: int) -> tuple[Tensor, Tensor]:
+def held_out(data: Source, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` images that the data hold out, or of all if there are none; their labels."""
     image, label = data.held_out_images if data.held_out else (data.image, data.label)
     chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))[:count]

@@ -4,7 +4,7 @@ Images are in [-1, 1]; what is outside is clipped. Files are written whole, see 
 """
 
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rolldiff.errors import UsageError
@@ -20,11 +21,13 @@ from rolldiff.files import written_whole
 
 __all__ = [
     "all_finite",
+    "as_pictures",
     "film",
     "labelled_rows",
     "make_grid",
     "save_gif",
     "save_images",
+    "save_latents",
     "save_npz",
     "save_picture",
     "to_bytes",
@@ -32,6 +35,23 @@ __all__ = [
 ]
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def as_pictures(
+    image: Float[Tensor, "B C H W"], decode: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "B c H2 W2"]:
+    """Pictures of latents: what `decode` makes of them, else their first three channels as colours.
+
+    Latents are about of unit variance, so -3 … 3 is shown as black to white. Of two channels, the
+    first is shown as grey.
+
+    Args:
+        image: the latents.
+        decode: from latents to pictures, as `Autoencoder.decode`; None for none.
+    """
+    if decode is not None:
+        return decode(image)
+    return image[:, : 3 if image.shape[1] >= 3 else 1] / 3
 
 
 def make_grid(
@@ -167,6 +187,30 @@ def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> in
         for block in blocks:
             file.write(np.ascontiguousarray(block).data)
     return count
+
+
+def save_latents(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> int:
+    """Write latents to one file of safetensors, `latents` `[N, C, h, w]`, as `data=latents` reads it.
+
+    Args:
+        images: batches of latents.
+        path: the file.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UsageError: if there is no image, or one is not finite.
+    """
+    parts = [image.detach().cpu().contiguous() for image in images]
+    if not parts:
+        raise UsageError("images must hold one image or more, got none")
+    latents = torch.cat(parts)
+    if not all_finite(latents):
+        raise UsageError("image must be finite, got latents that are not")
+    with written_whole(path) as part:
+        save_file({"latents": latents}, part)
+    return len(latents)
 
 
 def all_finite(values: Tensor) -> bool:

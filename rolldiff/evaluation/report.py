@@ -7,7 +7,7 @@ ended.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,13 @@ from rolldiff.diffusion.sampler import Solver
 from rolldiff.diffusion.schedule import Grouping, check_grouping
 from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.features import Classifier
-from rolldiff.evaluation.images import labelled_rows, make_grid, save_gif, save_picture
+from rolldiff.evaluation.images import (
+    as_pictures,
+    labelled_rows,
+    make_grid,
+    save_gif,
+    save_picture,
+)
 from rolldiff.evaluation.measure import Evaluator, random_halves
 from rolldiff.evaluation.metrics import pixel_distance, psnr
 from rolldiff.evaluation.plots import COSTS, groups_label, plot_costs, plot_matrices
@@ -490,7 +496,11 @@ class DecoderReport(GroupCountReport):
         steps: solver steps per group.
         grouping: of the decoding.
         samples: images, at most, that as many samples are compared with.
+        decode_latents: makes pictures of latents, see `as_pictures`. Distances are between the
+            latents themselves.
     """
+
+    decode_latents: Callable[[Tensor], Tensor] | None = None
 
     def decoder_of(self, model: Decoder) -> Decoder:
         return model
@@ -528,7 +538,7 @@ class DecoderReport(GroupCountReport):
             "overlap": 0.5,
             "steps": 16,
             "num_images": 64,
-            "out": "images.png",
+            "out": "latents.safetensors" if model.latents else "images.png",
         }
         return Report(
             {
@@ -552,17 +562,22 @@ class DecoderReport(GroupCountReport):
         count: int = 20,
     ) -> None:
         """Write `samples.png`, a row per `num_groups`, and `stream.gif`, a batch in progress."""
+
+        def pictures(image: Tensor) -> Tensor:
+            return as_pictures(image, self.decode_latents) if decoder.latents else image
+
         chosen = _chosen(label, len(image), count=count, seed=seed)
         cond = None if label is None else label[chosen]
-        rows = {"data": image[chosen]}
+        rows = {"data": pictures(image[chosen])}
         for config in self.configs():
             output = decoder.decode(cond, config, num_images=count, seed=seed)
-            rows[f"num_groups {config.num_groups}"] = output.image
+            rows[f"num_groups {config.num_groups}"] = pictures(output.image)
         save_picture(labelled_rows(rows), folder / "samples.png")
         groups = min(self.num_groups, key=lambda g: abs(g - 8))  # enough to see them move
         config = self.config(groups, 0.5 if groups > 1 else 1.0)
         frames = decoder.stream(cond, config, num_images=count, seed=seed)
-        save_gif((make_grid(f.image, columns=10) for f in frames), folder / "stream.gif")
+        grids = (make_grid(pictures(frame.image), columns=10) for frame in frames)
+        save_gif(grids, folder / "stream.gif")
 
 
 @dataclass(frozen=True, kw_only=True)

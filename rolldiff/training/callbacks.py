@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from rolldiff.decoder import Decoder
 from rolldiff.errors import UsageError, finite_number, whole_number
-from rolldiff.evaluation.images import labelled_rows, save_picture
+from rolldiff.evaluation.images import as_pictures, labelled_rows, save_picture
 from rolldiff.processes import Processes
 from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
@@ -40,6 +40,8 @@ __all__ = [
 
 class SampleGrid(Callback):
     """At every validation, one row of samples per `num_groups`, all from the same noise.
+
+    Latents are shown by the autoencoder of the data, or by their first channels without one.
 
     To sample with averaged weights, put it before the averaging callback: that one swaps the
     averaged weights in when the validation begins and out when it ends, callback by callback.
@@ -77,8 +79,9 @@ class SampleGrid(Callback):
         classes = decoder.conditioning.num_classes
         cond = torch.arange(self.count) % classes if classes else None
         grouping = decoder.training_distribution.grouping[0]
-        page = {
-            f"num_groups {groups}": decoder.decode(
+        page = {}
+        for groups in self.num_groups:
+            image = decoder.decode(
                 cond,
                 num_images=self.count,
                 num_groups=groups,
@@ -86,8 +89,11 @@ class SampleGrid(Callback):
                 steps=self.steps,
                 seed=0,
             ).image
-            for groups in self.num_groups
-        }
+            if decoder.latents:
+                data = trainer.datamodule  # type: ignore[attr-defined]
+                autoencoder = getattr(data, "autoencoder", None)
+                image = as_pictures(image, None if autoencoder is None else autoencoder.decode)
+            page[f"num_groups {groups}"] = image
         self.folder.mkdir(parents=True, exist_ok=True)
         save_picture(labelled_rows(page), self.folder / f"step-{trainer.global_step:06d}.png")
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -30,9 +30,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
 from rolldiff import slurm
+from rolldiff.decoder import Decoder
 from rolldiff.errors import UsageError, reason, warn_user, whole_number
 from rolldiff.evaluation.measure import device_name
-from rolldiff.evaluation.report import Report, TrainingReport
+from rolldiff.evaluation.report import DecoderReport, Report, TrainingReport
 from rolldiff.files import LOCK, locked, refuse_links, remove_parts, write_text, written_whole
 from rolldiff.hub import checkpoint_content, read_checkpoint
 from rolldiff.objective import FD_PIXELS, check_objective
@@ -440,20 +441,25 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
     with group.main_first():  # it may download
         data = _instantiate(cfg.data)
         _set_classes(cfg, data)
+        kind = get_class(cfg.lit._target_).kind
+        _set_shape(cfg, data, kind)
     # The weights of a resumed run are read first, and with them the model is the file's, bounded by
     # what the file holds, and not whatever the configuration asks for.
-    kind = get_class(cfg.lit._target_).kind
     model = {}
     if start is not None:
         trusted = trusted_prefixes(cfg.trust)
         model = {"model": read_checkpoint(start.path, kind, trusted=trusted).train()}
     lit = _instantiate(cfg.lit, **model)
+    _check_data(data, lit.model)
     if start is None and cfg.get("init") is not None:
         left = start_from(lit.model, read_init(cfg.init, kind, trust=cfg.trust))
         if group.is_main:
             kept = "".join(f"\n  {text}" for text in left)
             print(f"Starts from the weights of {cfg.init}" + (f", without:{kept}" if left else ""))
     report = _instantiate(cfg.report)
+    autoencoder = getattr(data, "autoencoder", None)
+    if autoencoder is not None and isinstance(report, DecoderReport):
+        report = replace(report, decode_latents=autoencoder.decode)
     report.validate(lit.model)
     if known := report.number_names():
         own = [field.name for field in fields(Summary) if field.type in (int, float)]
@@ -526,6 +532,49 @@ def _set_classes(cfg: DictConfig, data: Any) -> None:
     names = getattr(data, "class_names", None)
     if cfg.class_names is None and names is not None and len(names) == cfg.num_classes:
         cfg.class_names = [escaped(name) for name in names]
+
+
+def _set_shape(cfg: DictConfig, data: Any, kind: type) -> None:
+    """Give the layout the shape of latents, unless its sizes are set.
+
+    Raises:
+        UsageError: if something else than a decoder is to be trained on latents.
+    """
+    if not getattr(data, "latents", False):
+        return
+    if kind is not Decoder:
+        raise UsageError(
+            f"data must be pictures for a {kind.__name__}, got latents, which a decoder is for"
+        )
+    channels, height, width = data.shape
+    sizes = {"image_size": height if height == width else [height, width], "channels": channels}
+    for name, size in sizes.items():
+        if OmegaConf.is_dict(cfg.layout) and OmegaConf.is_interpolation(cfg.layout, name):
+            cfg.layout[name] = size
+
+
+def _check_data(data: Any, model: Any) -> None:
+    """Refuse to train a decoder of pictures on latents, and the reverse.
+
+    Raises:
+        UsageError: if they differ, or the latents have another shape than the layout.
+    """
+    latents = getattr(data, "latents", None)  # a data module of the user's own may not say
+    if latents is None or not isinstance(model, Decoder):
+        return
+    if latents and not model.latents:
+        raise UsageError("decoder.latents must be true for data of latents, got false")
+    if model.latents and not latents:
+        raise UsageError(
+            "decoder.latents must be false for data of pictures, got true; autoencoder=kl makes "
+            "latents of them"
+        )
+    if latents and model.layout.image_shape != data.shape:
+        channels, height, width = data.shape
+        raise UsageError(
+            f"layout must be of the latents, layout.image_size=[{height},{width}] "
+            f"layout.channels={channels}, or be left to them, got {model.layout}"
+        )
 
 
 @contextmanager
@@ -624,7 +673,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """The whole configuration as plain containers, with the places that are read as full paths."""
-    for key in ("data.path", "tokenizer", "init"):
+    for key in ("data.path", "data.labels", "autoencoder.path", "tokenizer", "init"):
         value = OmegaConf.select(cfg, key)
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
             OmegaConf.update(cfg, key, escaped(path.absolute()))
