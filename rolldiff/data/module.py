@@ -140,10 +140,8 @@ class Source(L.LightningDataModule, ABC):
 
     def from_records(self, records: Sequence[Record]) -> Dataset:
         """A dataset of encoded images: decoded now if they fit into memory, else when indexed."""
-        if (
-            len(records) * self.bytes_per_value * math.prod(self.stored_shape)
-            <= MAX_BYTES_IN_MEMORY
-        ):
+        size = len(records) * self.bytes_per_value * math.prod(self.stored_shape)
+        if size <= MAX_BYTES_IN_MEMORY:
             return InMemoryImages(*load_images(records, self.load, on_error=self.on_error))
         if self.on_error == "raise":  # now, not in the middle of an epoch
             for record in records:

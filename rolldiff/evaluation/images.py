@@ -190,7 +190,7 @@ def save_npz(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> in
 
 
 def save_latents(images: Iterable[Float[Tensor, "B C H W"]], path: str | Path) -> int:
-    """Write latents to one file of safetensors, `latents` `[N, C, h, w]`, as `data=latents` reads it.
+    """Write latents to one file of safetensors as `data=latents` reads it: `latents [N, C, h, w]`.
 
     Args:
         images: batches of latents.

@@ -10,7 +10,7 @@ are bit-identical for any number of processes.
 import math
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -153,6 +153,7 @@ class Evaluator:
         held_out: the images whose bits per dimension are computed, and their labels.
         dtype: what the network computes in, see `Decoder.decode`.
         processes: the processes that share the work.
+        decode_latents: makes pictures of latents, see `as_pictures`.
     """
 
     decoder: Decoder
@@ -169,6 +170,7 @@ class Evaluator:
     seen: Mapping[str, Tensor] = field(default_factory=dict)
     likelihood: LikelihoodConfig | None = None
     held_out: tuple[Float[Tensor, "M C H W"], Int[Tensor, " M"]] | None = None
+    decode_latents: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def order(self) -> Int[Tensor, " N"]:

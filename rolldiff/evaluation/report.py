@@ -268,7 +268,7 @@ def _samples(
     for cost in ("nfe", "tokens"):
         budget = max(record[cost] for record in joint)
         # The first samples have the labels of these images.
-        rows = {"data": evaluator.image[evaluator.order[:SHOWN]]}
+        rows = {"data": _shown(evaluator.image[evaluator.order[:SHOWN]], evaluator)}
         for num_groups in sorted({record["num_groups"] for record in records}):
             affordable = [
                 r for r in records if r["num_groups"] == num_groups and r[cost] <= 1.1 * budget
@@ -277,13 +277,18 @@ def _samples(
                 best = max(affordable, key=lambda r: (r[cost], -r["metrics"][metric]["mean"]))
                 config = config_of(best, solvers)
                 output = evaluator.decode(config, seed=evaluator.seeds[0], count=SHOWN)
-                rows[f"{config_label(best)}: {cost} {best[cost]:,}"] = output.image.cpu()
+                image = _shown(output.image.cpu(), evaluator)
+                rows[f"{config_label(best)}: {cost} {best[cost]:,}"] = image
         file = f"samples_equal_{cost}.png"
         save_picture(labelled_rows(rows), folder / file)
         parts.append(
             f"At {cost} {budget:,}, or the nearest measured below:\n\n![samples]({file})\n"
         )
     return "\n".join(parts)
+
+
+def _shown(image: Tensor, evaluator: Evaluator) -> Tensor:
+    return as_pictures(image, evaluator.decode_latents) if evaluator.decoder.latents else image
 
 
 def split_half_distance(image: Float[Tensor, "B C H W"], *, splits: int = 10) -> float | None:
@@ -568,7 +573,10 @@ class DecoderReport(GroupCountReport):
 
         chosen = _chosen(label, len(image), count=count, seed=seed)
         cond = None if label is None else label[chosen]
-        rows = {"data": pictures(image[chosen])}
+        title = "data"
+        if decoder.latents and self.decode_latents is None:
+            title = f"{title}, first of {image.shape[1]} channels"
+        rows = {title: pictures(image[chosen])}
         for config in self.configs():
             output = decoder.decode(cond, config, num_images=count, seed=seed)
             rows[f"num_groups {config.num_groups}"] = pictures(output.image)

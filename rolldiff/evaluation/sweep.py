@@ -33,6 +33,7 @@ from rolldiff.diffusion.schedule import Grouping, Order, check_grouping, decode_
 from rolldiff.errors import UsageError, finite_number, instance, reason, warn_user, whole_number
 from rolldiff.evaluation.bits import SEEN, held_out
 from rolldiff.evaluation.features import (
+    Classifier,
     Extractor,
     as_extractor,
     short_hash,
@@ -401,12 +402,14 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         pairs=whole_number(swept.get("pairs"), "bench.pairs", minimum=MIN_IMAGES),
         features=features,
         training_images=training_images,
-        likelihood=_likelihood(cfg, swept.get("likelihood")),
+        likelihood=_likelihood(cfg, swept.get("likelihood"), decoder=decoder),
         likelihood_images=whole_number(swept.get("likelihood_images"), "bench.likelihood_images"),
     )
 
 
-def _likelihood(cfg: DictConfig, method: Any) -> LikelihoodConfig | None:
+def _likelihood(cfg: DictConfig, method: Any, *, decoder: Decoder) -> LikelihoodConfig | None:
+    if method is not None and decoder.latents:
+        raise UsageError(f"bench.likelihood must be null for a decoder of latents, got {method}")
     changed = {}  # settings that are not used are checked too
     if method is not None:
         changed["method"] = _one_of(method, "bench.likelihood", known=("ode", "bound"))
@@ -466,6 +469,7 @@ def _evaluator(
 ) -> Evaluator:
     source = instantiate(data, _convert_="all")
     with group.main_first():
+        _check_source(source, decoder)
         image, label = source.image, source.label
         _check_images(image, label, decoder=decoder)
         # A classifier had better not be trained on the images that samples are compared with.
@@ -480,9 +484,16 @@ def _evaluator(
     for name in _usable(cfg, sweep.features, *known):
         with group.main_first():
             made = _extractor(cfg.features[name], *known, name=name)
+        # Such as three: it is made for pictures.
+        if decoder.latents and made.channels and not isinstance(made, Classifier):
+            raise UsageError(
+                f"bench.features must be of any image for latents, such as pixels, got {name}"
+            )
         if made.name in extractors:
             raise UsageError(f"bench.features must have different names, got {made.name} again")
         extractors[made.name] = made.to(decoder.device)
+
+    autoencoder = getattr(source, "autoencoder", None)
 
     def features_of(image: torch.Tensor) -> dict[str, torch.Tensor]:
         return {n: extract_features(image, e, device=decoder.device) for n, e in extractors.items()}
@@ -502,7 +513,18 @@ def _evaluator(
         processes=group,
         likelihood=sweep.likelihood,
         held_out=None if sweep.likelihood is None else _held_out(cfg, sweep, source),
+        decode_latents=None if autoencoder is None else autoencoder.decode,
     )
+
+
+def _check_source(source: Any, decoder: Decoder) -> None:
+    """Refuse pictures for a decoder of latents, and the reverse."""
+    latents = getattr(source, "latents", decoder.latents)
+    if latents != decoder.latents:
+        words = {True: "latents", False: "pictures"}
+        raise UsageError(
+            f"data must be {words[decoder.latents]}, as the decoder's, got {words[latents]}"
+        )
 
 
 def _check_images(image: torch.Tensor, label: torch.Tensor, *, decoder: Decoder) -> None:
