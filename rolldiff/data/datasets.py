@@ -1,8 +1,9 @@
 """Torch datasets of images, and the order in which training goes through them.
 
-A dataset is indexed with a whole batch of indices `[B]` and returns images `[B, C, H, W]` in
-[-1, 1] with integer labels `[B]`. Encoded images are passed in as *records* and decoded by a
-function `load` from a record to bytes `[C, H, W]`, usually `load_image` with its settings bound.
+A dataset is indexed with a whole batch of indices `[B]` and returns images `[B, C, H, W]`, pictures
+in [-1, 1] or latents, with integer labels `[B]`. What is stored is passed in as *records* and
+decoded by a function `load` from a record to bytes or floats `[C, H, W]`, usually `load_image` with
+its settings bound.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 
@@ -47,7 +48,7 @@ EPOCHS = 1_000_003  # per seed, in the keys of torch's generator
 
 def readable(
     records: Iterable[Record], load: Load, *, on_error: OnError
-) -> Iterator[tuple[UInt8[Tensor, "C H W"], int]]:
+) -> Iterator[tuple[Num[Tensor, "C H W"], int]]:
     """The decoded images of the records and their labels, without those that cannot be read.
 
     Args:
@@ -72,7 +73,7 @@ def readable(
 
 def load_images(
     records: Iterable[Record], load: Load, *, on_error: OnError
-) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
+) -> tuple[Num[Tensor, "N C H W"], Int[Tensor, " N"]]:
     """Decode all records, in order; see `readable`.
 
     Raises:
@@ -83,7 +84,7 @@ def load_images(
 
 def stacked(
     pairs: Iterable[tuple[Tensor, int]],
-) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
+) -> tuple[Num[Tensor, "N C H W"], Int[Tensor, " N"]]:
     """Images and their labels as two tensors.
 
     Raises:

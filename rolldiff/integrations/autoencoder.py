@@ -104,7 +104,7 @@ class Autoencoder:
         instance(path, str | Path, "autoencoder.path", "a path")
         folder = Path(path).expanduser()
         name, where = str(path), {} if subfolder is None else {"subfolder": subfolder}
-        if folder.is_dir():
+        if name.strip() and folder.is_dir():
             name, where = str(folder / (subfolder or "")), {}  # diffusers would try the folder too
         elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.exists():
             raise UsageError(
@@ -181,7 +181,7 @@ class Autoencoder:
             UsageError: if the pictures have the wrong shape, type or range.
         """
         shape = self.latent_shape(_shape(image, "image"))
-        low, high = (float(end) for end in image.aminmax())
+        low, high = (float(end) for end in image.detach().aminmax())
         if not -1.001 <= low <= high <= 1.001:
             raise UsageError(f"image must be in [-1, 1], got {low:.4g} … {high:.4g}")
         noise = torch.zeros(len(image), *shape)
