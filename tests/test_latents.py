@@ -1,7 +1,9 @@
 """Latents of an autoencoder: decoded, read from folders, trained on, and seen as pictures."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from rolldiff import Decoder, TokenGrid
 from rolldiff.cli import main
 from rolldiff.data import Digits, Folder, Hub, Latents, Photos, module
 from rolldiff.errors import UsageError
-from rolldiff.evaluation.images import as_pictures
+from rolldiff.evaluation.images import as_pictures, labelled_rows, to_bytes
 from rolldiff.integrations.autoencoder import Autoencoder
 from rolldiff.integrations.diffusers import DiffusersDecoder
 from rolldiff.serving import Served
@@ -439,6 +441,11 @@ def test_latents_without_an_autoencoder_are_shown_by_their_first_channels(channe
     assert torch.equal(as_pictures(latents, lambda z: z + 1), latents + 1)
 
 
+def test_latents_are_never_written_as_pixels():
+    with pytest.raises(UsageError, match="image must have 1 or 3 channels, got 4"):
+        to_bytes(torch.zeros(1, *SHAPE))
+
+
 def test_a_training_on_pictures_through_an_autoencoder(photos, kl_folder, tmp_path, capsys):
     run = tmp_path / "run"
     encoder = ["autoencoder=kl", f"autoencoder.path={kl_folder}"]
@@ -450,6 +457,9 @@ def test_a_training_on_pictures_through_an_autoencoder(photos, kl_folder, tmp_pa
     assert not any("autoencoder" in name for name in load_file(run / "model.safetensors"))
     with Image.open(run / "samples/step-000004.png") as page:  # ten pictures of 8, enlarged to 48
         assert page.width > 10 * 48
+    rows = ("data", "num_groups 1", "num_groups 2")  # without an autoencoder, the first is longer
+    with Image.open(run / "samples.png") as page:
+        assert page.size == labelled_rows({row: torch.zeros(20, 3, 8, 8) for row in rows}).size
     out = tmp_path / "out"
     main(["decode", f"ckpt={run}", f"out={out}", "num_images=2", "steps=2", *encoder])
     latents = decoder.decode(torch.tensor([0, 1]), num_images=2, steps=2, seed=0).image
@@ -468,13 +478,17 @@ def test_a_training_on_pictures_through_an_autoencoder(photos, kl_folder, tmp_pa
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_training_on_stored_latents_is_resumed(tmp_path, capsys):
+def test_a_training_on_stored_latents_is_resumed(kl_folder, tmp_path, monkeypatch):
     arrays(tmp_path / "data/a")
     arrays(tmp_path / "data/b")
-    data = ["data=latents", f"data.path={tmp_path / 'data'}", "decoder.latents=true", *TINY]
+    shutil.copytree(kl_folder, tmp_path / "kl")
+    monkeypatch.chdir(tmp_path)
+    data = ["data=latents", "data.path=data", "decoder.latents=true", *TINY]
+    data += ["autoencoder=kl", "autoencoder.path=kl"]
     main(["train", *data, f"run_dir={tmp_path / 'whole'}"])
     main(["train", *data, f"run_dir={tmp_path / 'part'}", "time_limit=00:00:00:00"])
     assert not (tmp_path / "part/summary.json").exists()
+    monkeypatch.chdir("/")
     main(["train", f"resume={tmp_path / 'part'}"])
     assert (tmp_path / "part/samples.png").exists()
     whole, part = (tmp_path / name / "model.safetensors" for name in ("whole", "part"))
@@ -493,6 +507,10 @@ def test_a_training_on_stored_latents_is_resumed(tmp_path, capsys):
         (
             ["data=latents", "data.path=DATA", "experiment=tokenizer"],
             "data must be pictures for a Tokenizer, got latents",
+        ),
+        (
+            ["autoencoder=kl", "autoencoder.path=DATA", "data.autoencoder=null"],
+            "autoencoder must be null for data that take none",
         ),
         (
             ["data=latents", "data.path=DATA", "autoencoder=kl", "autoencoder.path=DATA"],
@@ -522,3 +540,60 @@ def test_a_decoder_of_pictures_needs_no_autoencoder(tmp_path, capsys, out, autoe
     with pytest.raises(SystemExit):
         main(["decode", f"ckpt={tmp_path / 'run'}", f"out={tmp_path / out}", *autoencoder])
     assert words in capsys.readouterr().err
+
+
+DOCS = (Path(__file__).parents[1] / "docs/command-line.md").read_text(encoding="utf-8")
+
+
+def documented():
+    """The commands of the documents and their Python, about latents."""
+    section = DOCS[DOCS.index("### Latents") : DOCS.index("### Resuming")]
+    commands = re.findall(r"^    rolldiff ((?:.*\\\n)*.*)$", section, re.MULTILINE)
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return [command.replace("\\\n", " ").split() for command in commands], code
+
+
+def test_the_snippet_of_the_documents(kl_folder, tmp_path, monkeypatch):
+    shutil.copytree(kl_folder, tmp_path / "VAE")
+    monkeypatch.chdir(tmp_path)
+    names = {"images": pictures(2)}
+    exec(documented()[1], names)
+    assert names["pictures"].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documents(photos, kl_folder, tmp_path, monkeypatch):
+    arrays(tmp_path / "LATENTS")
+    shutil.copytree(kl_folder, tmp_path / "VAE")
+    photos.rename(tmp_path / "PHOTOS")
+    monkeypatch.chdir(tmp_path)
+    commands, _ = documented()
+    assert [command[0] for command in commands] == ["train", "train", "decode"]
+    for command in commands:
+        quick = [w if w != "data.image_size=256" else "data.image_size=8" for w in command]
+        main([*quick, *(TINY if command[0] == "train" else ["num_images=2", "steps=1"])])
+    with Image.open(tmp_path / "pictures.png") as page:
+        assert page.size[0] > 48
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_latents(photos, kl_folder, tmp_path, capsys):
+    encoder = ["autoencoder=kl", f"autoencoder.path={kl_folder}"]
+    data = ["data=folder", f"data.path={photos}", "data.image_size=8", "decoder.latents=true"]
+    run = tmp_path / "run"
+    main(["train", *data, *encoder, *TINY, f"run_dir={run}"])
+    quick = ["bench.samples=8", "bench.seeds=[0]", "bench.steps=[1]", "bench.joint_steps=[]"]
+    bench = ["bench", f"ckpt={run}", "progress=false", *quick]
+    main([*bench, "bench.features=pixels"])
+    assert (run / "bench/samples_equal_nfe.png").exists()
+    for wrong, words in (
+        (["bench.features=efficientnet_lite0"], "bench.features must be of any image for latents"),
+        (["bench.likelihood=bound"], "bench.likelihood must be null for a decoder of latents"),
+        (["data=digits"], "data must be latents, as the decoder's, got pictures"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*bench, *wrong, f"run_dir={tmp_path / 'other'}"])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["likelihood", f"ckpt={run}"])
+    assert "ckpt must be a decoder of pictures, got one of latents" in capsys.readouterr().err

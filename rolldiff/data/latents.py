@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,25 +123,10 @@ class Latents(Source):
     @property
     def load(self) -> Load:
         """Reads the latents of one image and scales them."""
-        return self._load
+        return partial(load_latents, shape=self.stored_shape, scaling_factor=self.scaling_factor)
 
     def build_dataset(self) -> Dataset:
         return self.from_records(self._found.records)
-
-    def _load(self, record: Record) -> Float[Tensor, "C H W"]:
-        assert isinstance(record, StoredLatents)
-        if record.label is None:
-            raise UsageError(f"data must be latents with labels, got {record.name}: no label")
-        latents = _read(record)
-        if latents.shape != self.stored_shape:
-            raise UsageError(
-                f"data must be latents of one shape, {self.stored_shape} as the first, got "
-                f"{record.name}: {tuple(latents.shape)}"
-            )
-        latents = latents * self.scaling_factor
-        if not latents.isfinite().all():
-            raise UsageError(f"data must be finite latents, got {record.name}: NaN or infinity")
-        return latents
 
     @cached_property
     def _found(self) -> _Found:
@@ -186,6 +171,34 @@ class Latents(Source):
                 f"{label.dtype} {label[:3].tolist()}"
             )
         return int(label[0])
+
+
+def load_latents(
+    record: Record, *, shape: tuple[int, int, int], scaling_factor: float
+) -> Float[Tensor, "C H W"]:
+    """The latents of one image.
+
+    Args:
+        record: a `StoredLatents`.
+        shape: that they must have.
+        scaling_factor: what they are multiplied by.
+
+    Raises:
+        UsageError: if they cannot be read, have no label or another shape, or are not finite.
+    """
+    assert isinstance(record, StoredLatents)
+    if record.label is None:
+        raise UsageError(f"data must be latents with labels, got {record.name}: no label")
+    latents = _read(record)
+    if latents.shape != shape:
+        raise UsageError(
+            f"data must be latents of one shape, {shape} as the first, got {record.name}: "
+            f"{tuple(latents.shape)}"
+        )
+    latents = latents * scaling_factor
+    if not latents.isfinite().all():
+        raise UsageError(f"data must be finite latents, got {record.name}: NaN or infinity")
+    return latents
 
 
 def _is_array(file: str) -> bool:

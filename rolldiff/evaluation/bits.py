@@ -132,6 +132,8 @@ def likelihood_table(cfg: DictConfig, data: DictConfig) -> str:
     """
     trusted = trusted_prefixes(cfg.trust)
     decoder = read_checkpoint(cfg.ckpt, Decoder, trusted=trusted).to(named_device(cfg.device))
+    if decoder.latents:
+        raise UsageError("ckpt must be a decoder of pictures, got one of latents")
     how = instantiate(cfg.likelihood, _convert_="all")
     configs = _configs(cfg, decoder)
     source = instantiate(data, _convert_="all")

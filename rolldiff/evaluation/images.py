@@ -225,6 +225,12 @@ def _finite_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
 
 
 def to_bytes(image: Float[Tensor, "B C H W"]) -> np.ndarray:
-    """Values in [-1, 1] as bytes `[B, H, W, 3]`."""
+    """Values in [-1, 1] as bytes `[B, H, W, 3]`.
+
+    Raises:
+        UsageError: if the images are no pictures, as latents of several channels.
+    """
+    if image.shape[1] not in (1, 3):
+        raise UsageError(f"image must have 1 or 3 channels, got {image.shape[1]}")
     byte = ((image.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return byte.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()

@@ -586,7 +586,12 @@ def _extractor(
 
 def run_data(cfg: DictConfig) -> DictConfig:
     """The settings of the data: those of the command, or those that the run was trained with."""
-    return cfg.data if cfg.get("data") else OmegaConf.create(_training_data(cfg))
+    if cfg.get("data"):
+        return cfg.data
+    data = OmegaConf.create(_training_data(cfg))
+    if cfg.get("autoencoder") is not None:
+        data.autoencoder = cfg.autoencoder
+    return data
 
 
 def _training_data(cfg: DictConfig) -> dict[str, Any]:

@@ -458,6 +458,11 @@ def _build(cfg: DictConfig, folder: Path, start: Checkpoint | None, *, group: Pr
             print(f"Starts from the weights of {cfg.init}" + (f", without:{kept}" if left else ""))
     report = _instantiate(cfg.report)
     autoencoder = getattr(data, "autoencoder", None)
+    if autoencoder is None and cfg.get("autoencoder") is not None:
+        raise UsageError(
+            "autoencoder must be null for data that take none (data.autoencoder), got "
+            f"{cfg.autoencoder.path}"
+        )
     if autoencoder is not None and isinstance(report, DecoderReport):
         report = replace(report, decode_latents=autoencoder.decode)
     report.validate(lit.model)
