@@ -599,7 +599,7 @@ class Decoder(Pretrained):
         `-result.nats.mean()` is a loss; the clean groups are then shown in every call.
 
         Args:
-            image: `[B, C, H, W]`, floating point, in [-1, 1].
+            image: `[B, C, H, W]`, floating point, in [-1, 1]; with `latents` any finite values.
             cond: the condition, see `decode`.
             config: group count, overlap, order and guidance; `steps` is the number of solver steps
                 per group to begin with. The solver is a Runge-Kutta method of fourth order.
@@ -614,16 +614,12 @@ class Decoder(Pretrained):
 
         Raises:
             UsageError: if an argument is out of range, a value of `image` is between the levels, a
-                bidirectional backbone is asked for several groups, or the images are latents.
+                bidirectional backbone is asked for several groups, or `dequantization` is not None
+                for latents.
 
         Warns:
             UserWarning: if the settings are outside the training distribution.
         """
-        if self.latents:
-            raise UsageError(
-                "log_likelihood needs a decoder of pictures, whose values have levels, got one of "
-                "latents"
-            )
         names = {f.name for f in fields(LikelihoodConfig)}
         how = {name: overrides.pop(name) for name in list(overrides) if name in names}
         config = configured(config, overrides, others=(*names, "likelihood", "seed", "start_index"))
@@ -631,7 +627,13 @@ class Decoder(Pretrained):
             likelihood = LikelihoodConfig()
         instance(likelihood, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
         likelihood = replace(likelihood, **how)
-        image = check_image(image, self.layout).to(self.device, self.state_dtype)
+        if self.latents and likelihood.dequantization is not None:
+            raise UsageError(
+                "dequantization must be None for latents, whose values have no levels, got "
+                f"{likelihood.dequantization}"
+            )
+        image = check_image(image, self.layout, unbounded=self.latents)
+        image = image.to(self.device, self.state_dtype)
         teacher = self._teacher(image, cond, config)
         return log_likelihood(
             teacher,

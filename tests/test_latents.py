@@ -13,6 +13,7 @@ from PIL import Image
 from runs import ALLOWED
 from safetensors.torch import load_file, save_file
 
+from oracles import masked_decoder, natural_covariance
 from rolldiff import Decoder, TokenGrid
 from rolldiff.cli import main
 from rolldiff.data import Digits, Folder, Hub, Latents, Photos, module
@@ -68,8 +69,23 @@ def test_latents_must_be_finite(wrong):
 
 
 def test_latents_have_no_likelihood_in_bits():
-    with pytest.raises(UsageError, match="log_likelihood needs a decoder of pictures"):
+    with pytest.raises(UsageError, match="dequantization must be None for latents"):
         decoder_of_latents().log_likelihood(torch.zeros(1, *SHAPE))
+
+
+def test_latents_have_a_density():
+    """That of a Gaussian of standard deviation 3, most of which is outside of [-1, 1]."""
+    covariance = 9 * natural_covariance(2)
+    gaussian = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
+    torch.manual_seed(0)
+    x = gaussian.sample((5,))
+    assert x.abs().max() > 3
+    decoder = Decoder(**masked_decoder(covariance).config | {"latents": True})
+    found = decoder.log_likelihood(
+        x.view(-1, 1, 2, 2), num_groups=2, method="ode", dequantization=None, tolerance=1e-4
+    )
+    # 1e-4 bits per dimension of the solver; the first noise, 1e-3, adds some 1e-6 to the variances.
+    torch.testing.assert_close(found.nats, gaussian.log_prob(x), rtol=0, atol=1e-3)
 
 
 def test_a_saved_decoder_keeps_that_it_is_one_of_latents(tmp_path):
@@ -588,7 +604,7 @@ def test_a_benchmark_of_latents(photos, kl_folder, tmp_path, capsys):
     assert (run / "bench/samples_equal_nfe.png").exists()
     for wrong, words in (
         (["bench.features=efficientnet_lite0"], "bench.features must be of any image for latents"),
-        (["bench.likelihood=bound"], "bench.likelihood must be null for a decoder of latents"),
+        (["bench.likelihood=bound"], "likelihood.dequantization must be null for a decoder of"),
         (["data=digits"], "data must be latents, as the decoder's, got pictures"),
     ):
         with pytest.raises(SystemExit):
@@ -596,4 +612,4 @@ def test_a_benchmark_of_latents(photos, kl_folder, tmp_path, capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["likelihood", f"ckpt={run}"])
-    assert "ckpt must be a decoder of pictures, got one of latents" in capsys.readouterr().err
+    assert "likelihood.dequantization must be null for a decoder of" in capsys.readouterr().err

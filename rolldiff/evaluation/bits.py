@@ -29,7 +29,14 @@ SEEN = (
     "data=NAME data.split=test, or train with data.held_out=0.1"
 )
 
-__all__ = ["SEEN", "BitsPerDim", "bits_per_dim", "held_out", "likelihood_table"]
+__all__ = [
+    "SEEN",
+    "BitsPerDim",
+    "bits_per_dim",
+    "check_dequantization",
+    "held_out",
+    "likelihood_table",
+]
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,19 @@ def bits_per_dim(
     )
 
 
+def check_dequantization(how: LikelihoodConfig, decoder: Decoder) -> None:
+    """Refuse levels for latents, before any data are read.
+
+    Raises:
+        UsageError: if there are some.
+    """
+    if decoder.latents and how.dequantization is not None:
+        raise UsageError(
+            "likelihood.dequantization must be null for a decoder of latents, which have no "
+            f"levels, got {how.dequantization}"
+        )
+
+
 def held_out(data: Source, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` images that the data hold out, or of all if there are none; their labels."""
     image, label = data.held_out_images if data.held_out else (data.image, data.label)
@@ -132,9 +152,8 @@ def likelihood_table(cfg: DictConfig, data: DictConfig) -> str:
     """
     trusted = trusted_prefixes(cfg.trust)
     decoder = read_checkpoint(cfg.ckpt, Decoder, trusted=trusted).to(named_device(cfg.device))
-    if decoder.latents:
-        raise UsageError("ckpt must be a decoder of pictures, got one of latents")
     how = instantiate(cfg.likelihood, _convert_="all")
+    check_dequantization(how, decoder)
     configs = _configs(cfg, decoder)
     source = instantiate(data, _convert_="all")
     image, label = held_out(source, whole_number(cfg.images, "images"))

@@ -31,7 +31,7 @@ from rolldiff.diffusion.layout import Layout
 from rolldiff.diffusion.sampler import Solver
 from rolldiff.diffusion.schedule import Grouping, Order, check_grouping, decode_order, groupings_of
 from rolldiff.errors import UsageError, finite_number, instance, reason, warn_user, whole_number
-from rolldiff.evaluation.bits import SEEN, held_out
+from rolldiff.evaluation.bits import SEEN, check_dequantization, held_out
 from rolldiff.evaluation.features import (
     Classifier,
     Extractor,
@@ -408,14 +408,15 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
 
 
 def _likelihood(cfg: DictConfig, method: Any, *, decoder: Decoder) -> LikelihoodConfig | None:
-    if method is not None and decoder.latents:
-        raise UsageError(f"bench.likelihood must be null for a decoder of latents, got {method}")
     changed = {}  # settings that are not used are checked too
     if method is not None:
         changed["method"] = _one_of(method, "bench.likelihood", known=("ode", "bound"))
     how = instantiate(cfg.likelihood, **changed, _convert_="all")
     instance(how, LikelihoodConfig, "likelihood", "a LikelihoodConfig")
-    return None if method is None else how
+    if method is None:
+        return None
+    check_dequantization(how, decoder)
+    return how
 
 
 def _plain(cfg: DictConfig, name: str) -> dict[str, Any]:

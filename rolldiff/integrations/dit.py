@@ -88,6 +88,7 @@ def load_dit(
     kind: Kind = "dit",
     heads: int | None = None,
     image_size: int | None = None,
+    latents: bool = True,
 ) -> Decoder:
     """A decoder with the weights of a DiT or SiT.
 
@@ -100,6 +101,8 @@ def load_dit(
             network of diffusers.
         image_size: side of the images or latents; by default what the weights or the network say.
             Weights of diffusers without their network do not.
+        latents: whether its images are latents of an autoencoder, as those of the published
+            weights, or else pictures in [-1, 1].
 
     Returns:
         The decoder, for one group. Its weights are copies of the same type.
@@ -166,6 +169,7 @@ def load_dit(
         noise=LinearBeta() if kind == "dit" else Rectified(),
         prediction="eps" if kind == "dit" else "velocity",
         training=TrainingDistribution(num_groups=(1,), drop_cond=0.1),
+        latents=latents,
     ).eval()
 
 

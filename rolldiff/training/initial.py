@@ -80,6 +80,7 @@ def decoder_of(
     training: TrainingDistribution,
     loss_space: LossSpace = "velocity",
     prediction: Prediction | None = None,
+    latents: bool | None = None,
     trust: object = None,
 ) -> Decoder:
     """The decoder that a training starts from, to be trained for other settings.
@@ -89,6 +90,7 @@ def decoder_of(
         training: the settings that training draws from now on.
         loss_space: the space of the squared error from now on.
         prediction: what the network predicts, if that is to be checked.
+        latents: whether its images are latents from now on; None for as before.
         trust: packages whose classes it may name.
 
     Raises:
@@ -102,7 +104,10 @@ def decoder_of(
             f"decoder.prediction must be that of the weights of init, {source.prediction}, got "
             f"{prediction}; where a recipe for the data has set it, ~recipe leaves that out"
         )
-    return Decoder(**source.train().config | {"training": training, "loss_space": loss_space})
+    changed: dict[str, Any] = {"training": training, "loss_space": loss_space}
+    if latents is not None:
+        changed["latents"] = latents
+    return Decoder(**source.train().config | changed)
 
 
 def read_init(init: str, kind: type[M], *, trust: object = None) -> M:
