@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from autoencoders import tiny_kl
 from safetensors.torch import save_file
 
 from rolldiff import (
@@ -24,6 +27,7 @@ from rolldiff import (
     Training,
 )
 from rolldiff.errors import UsageError
+from rolldiff.integrations.autoencoder import Autoencoder
 from rolldiff.integrations.dit import load_dit, to_diffusers
 from rolldiff.training.initial import start_from
 
@@ -467,6 +471,75 @@ def test_a_training_does_not_start_from_a_network_that_only_looks_the_same():
         model = Decoder(source.layout, net.double(), noise=LinearBeta(), prediction="eps")
         with pytest.raises(UsageError, match=f"same network: {name} .* here, .* in init"):
             start_from(model, source)
+
+
+def code_blocks(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Small networks with random weights in place of the published ones."""
+    monkeypatch.chdir(tmp_path)
+    dit = tied(network(num_embeds_ada_norm=1000, sample_size=8)).float()
+    vae = tiny_kl(shift_factor=None)  # which DiTPipeline does not know
+    names = {"transformer": dit, "vae": vae}
+
+    def found(name, *, subfolder):
+        assert name == "facebook/DiT-XL-2-256"
+        return names[subfolder]
+
+    monkeypatch.setattr(diffusers.DiTTransformer2DModel, "from_pretrained", found)
+    monkeypatch.setattr(
+        Autoencoder,
+        "from_pretrained",
+        lambda name, *, subfolder: Autoencoder(found(name, subfolder=subfolder)),
+    )
+    torch.save(original(width=384, depth=1), tmp_path / "DiT-XL-2-256x256.pt")
+    return dit, vae
+
+
+def test_the_page_from_dit_to_grouped_runs(hub):
+    grouped, once, back = code_blocks("docs/dit.md")
+    assert len(grouped.strip().splitlines()) <= 25  # twenty without the imports
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    names = {"batches": [(images, torch.tensor([1, 2]))] * 2}
+    exec(grouped, names)
+    assert names["pictures"].shape == (2, 3, 16, 16)
+    assert names["rows"].shape == (1, 3, 16, 16)
+    assert names["decoder"].training_distribution.num_groups == (1, 2, 4, 8, 16)
+    before, after = (names[name].backbone.head.weight for name in ("dit", "decoder"))
+    assert before is after, "the same weights, trained further"
+    exec(once, {})
+    assert Decoder.from_pretrained("dit").latents
+    exec(back, names)
+    assert isinstance(names["pipeline"], diffusers.DiTPipeline)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers
+def test_a_pipeline_makes_the_pictures_of_the_decoder(hub):
+    """Both ways: `DiTPipeline` to rolldiff, and rolldiff to a `DiTPipeline`."""
+    dit, vae = hub
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipeline = diffusers.DiTPipeline(transformer=dit, vae=vae, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    decoder, autoencoder = load_dit(pipeline.transformer), Autoencoder(pipeline.vae)
+    again = diffusers.DiTPipeline(transformer=to_diffusers(decoder), vae=vae, scheduler=scheduler)
+    again.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = autoencoder.decode(decoder.decode([3, 7], noise=noise, steps=5, guidance=1.5).image)
+    for each in (pipeline, again):
+        theirs = each(
+            [3, 7],
+            guidance_scale=2.5,
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=5,
+            output_type="np",
+        ).images
+        expected = torch.from_numpy(theirs).movedim(-1, 1) * 2 - 1
+        # In float32, over 1 / 0.0064 at the first step.
+        torch.testing.assert_close(ours.clamp(-1, 1), expected, rtol=0, atol=2e-3)
 
 
 def test_guidance_by_group_runs():

@@ -217,6 +217,7 @@ def to_diffusers(decoder: Decoder) -> nn.Module:
         num_attention_heads=net.heads,
         attention_head_dim=net.width // net.heads,
         in_channels=layout.channels,
+        out_channels=layout.channels,  # by default None, which the pipeline cannot divide
         num_layers=len(net.blocks),
         sample_size=side,
         patch_size=layout.patch,
@@ -224,7 +225,9 @@ def to_diffusers(decoder: Decoder) -> nn.Module:
         norm_num_groups=1,
         norm_eps=settings["mlp_eps"],
     )
-    network.to(decoder.dtype).load_state_dict(_to_diffusers_state(net, layout))
+    if network.dtype != decoder.dtype:
+        network.to(decoder.dtype)
+    network.load_state_dict(_to_diffusers_state(net, layout))
     return network.eval()
 
 
