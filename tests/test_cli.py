@@ -185,7 +185,10 @@ def refused(status, stderr, words):
         (["decode", "ckpt=good", "label=10"], "label must be in 0 … 9"),
         (["decode", "ckpt=good", "num_images=0"], "num_images"),
         (["decode", "ckpt=good", "order=sideways"], "order must be one of"),
-        (["decode", "ckpt=good", "out=a.jpg"], "out must end in .png, .gif, .npz or be a folder"),
+        (
+            ["decode", "ckpt=good", "out=a.jpg"],
+            ".npz, .safetensors or be a folder",
+        ),
         (["decode", "ckpt=good", "out=no/such/a.png"], "out must be in a folder that exists"),
         (["decode", "ckpt=good", "dtype=fast"], "dtype must be float32, bfloat16"),
         (["decode", "ckpt=good", "dtype=float64"], "dtype must be torch.bfloat16 or"),

@@ -170,6 +170,7 @@ def inputs(channels=4, side=8):
 def test_it_equals_diffusers_for_one_time_per_image(make):
     theirs = make(norm_eps=1e-4)
     decoder = load_dit(theirs)
+    assert decoder.latents
     assert decoder.backbone.copies == (2 if make is network else 1)
     x, step, label = inputs()
     with torch.no_grad():

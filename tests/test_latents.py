@@ -14,7 +14,7 @@ from runs import ALLOWED
 from safetensors.torch import load_file, save_file
 
 from oracles import masked_decoder, natural_covariance
-from rolldiff import Decoder, TokenGrid
+from rolldiff import Decoder, TokenGrid, Training
 from rolldiff.cli import main
 from rolldiff.data import Digits, Folder, Hub, Latents, Photos, module
 from rolldiff.errors import UsageError
@@ -23,6 +23,7 @@ from rolldiff.integrations.autoencoder import Autoencoder
 from rolldiff.integrations.diffusers import DiffusersDecoder
 from rolldiff.serving import Served
 from rolldiff.tokenizer import Encoder, Tokenizer
+from rolldiff.training import decoder_of
 
 pytestmark = ALLOWED
 SHAPE = (4, 4, 4)
@@ -94,6 +95,13 @@ def test_a_saved_decoder_keeps_that_it_is_one_of_latents(tmp_path):
     older = decoder_of_latents(latents=False).to_config()
     del older["latents"]
     assert not Decoder.from_config(older).latents
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, True), (False, False)])
+def test_a_further_training_keeps_that_images_are_latents(tmp_path, given, found):
+    decoder_of_latents().save_pretrained(tmp_path)
+    further = decoder_of(str(tmp_path), training=Training((1, 2)), latents=given)
+    assert further.latents is found
 
 
 def test_what_makes_pictures_refuses_a_decoder_of_latents():
