@@ -24,7 +24,7 @@ LEVELS = [
     ["likelihood"],
     ["likelihood"],
     ["decoder"],
-    ["editing", "tokenizer", "integrations", "pixels"],
+    ["editing", "tokenizer", "integrations", "pixels", "presets"],
     ["data"],
     ["evaluation"],
     ["serving", "training"],
