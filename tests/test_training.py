@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rolldiff import Decoder, TokenGrid
+from rolldiff import Decoder, TokenGrid, Training
 from rolldiff.cli import config_dir
 from rolldiff.data import Digits
 from rolldiff.errors import UsageError
@@ -118,6 +118,20 @@ def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
     # The trainer ends with the average in place.
     assert torch.equal(seen[0], lit.model.backbone.head.weight)
     assert (tmp_path / "step-000003.png").stat().st_size
+
+
+def test_what_does_not_change_is_its_own_average():
+    """Lightning's average, `decay * mean + (1 - decay) * value`, rounds 11 to 10 at this decay."""
+    torch.manual_seed(0)
+    training = Training((1, 4), orders=("top_to_bottom", "random:1"))
+    sizes = {"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 1}
+    decoder = Decoder.build(**sizes, training=training)
+    decoder.backbone.embed.weight.requires_grad_(False)
+    orders, frozen = decoder.orders.clone(), decoder.backbone.embed.weight.clone()
+    trainer = L.Trainer(**QUIET, max_steps=3, callbacks=[AveragedWeights(decay=0.9999)])
+    trainer.fit(LitDecoder(decoder, warmup_steps=0), Digits(batch_size=8, max_steps=3))
+    assert torch.equal(decoder.orders, orders)
+    assert torch.equal(decoder.backbone.embed.weight, frozen)
 
 
 def test_the_default_callbacks_draw_before_the_average_steps_back():

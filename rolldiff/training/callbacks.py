@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -103,6 +104,7 @@ class AveragedWeights(EMAWeightAveraging):
 
     Lightning's average stays at the initial weights until then, and a training that ends earlier
     would save those. It does not know of sharded weights either; this one is sharded as they are.
+    And its rounding moves what does not change, such as frozen weights and whole numbers.
 
     Args:
         decay: of the average, in [0, 1).
@@ -116,6 +118,7 @@ class AveragedWeights(EMAWeightAveraging):
         decay = finite_number(decay, "callbacks.ema.decay", minimum=0, maximum=1)
         start = whole_number(start, "callbacks.ema.start", minimum=0)
         super().__init__(decay=decay, update_starting_at_step=start)
+        self._kwargs["avg_fn"] = partial(_averaged, decay=decay)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -159,6 +162,11 @@ class AveragedWeights(EMAWeightAveraging):
         current = chain(pl_module.parameters(), pl_module.buffers())
         for mean, value in zip(average, current, strict=True):
             mean.data.copy_(value.data)
+
+
+def _averaged(mean: torch.Tensor, value: torch.Tensor, count: Any, *, decay: float) -> torch.Tensor:
+    # Equal numbers stay as they are, which decay * mean + (1 - decay) * value does not promise.
+    return mean.lerp(value, 1 - decay) if mean.is_floating_point() else value
 
 
 def _is_sharded(pl_module: L.LightningModule) -> bool:
