@@ -153,6 +153,8 @@ def test_shards_need_a_generator_that_all_have(make):
         (["trainer=fsdp", "+trainer.accumulate_grad_batches=2", "max_steps=6"], 1e-5),
         (["trainer=fsdp", "trainer.precision=bf16-mixed", "max_steps=6"], 2e-2),
         (["trainer=fsdp", "callbacks.samples=null", "max_steps=6"], 1e-5),
+        (["freeze=[*.mlp,backbone.embed]", "max_steps=6"], 1e-5),
+        (["trainer=fsdp", "freeze=[*.mlp,backbone.embed]", "max_steps=6"], 1e-5),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,17 +24,53 @@ from torch.optim.lr_scheduler import LambdaLR
 from rolldiff.decoder import Decoder
 from rolldiff.device import compile_in_place
 from rolldiff.diffusion.process import Shard, seed_sequence
-from rolldiff.errors import UsageError, reason, whole_number
+from rolldiff.errors import UsageError, reason, shown, whole_number
 from rolldiff.hub import Pretrained
 from rolldiff.tokenizer import Prior, Tokenizer
 from rolldiff.training.sharding import is_sharded, shard, whole
 
-__all__ = ["LitDecoder", "LitModel", "LitPrior", "LitTokenizer", "images_per_batch"]
+__all__ = [
+    "LitDecoder",
+    "LitModel",
+    "LitPrior",
+    "LitTokenizer",
+    "freeze_parameters",
+    "images_per_batch",
+]
 
 
 def images_per_batch(batch: Sequence[Tensor]) -> int:
     """The number of images in a batch `(image, label)`."""
     return len(batch[0])
+
+
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take parameters out of the training.
+
+    Args:
+        model: whose parameters are frozen, in place.
+        patterns: names of parameters, or of modules for all that they hold, as in
+            `model.named_parameters()`. `*` stands for any text, as in `*.mlp`.
+
+    Raises:
+        UsageError: if a pattern names nothing, or no parameter is left; nothing is frozen then.
+    """
+    if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
+        raise UsageError(f"freeze must be a list of names of parameters, got {shown(patterns)}")
+    named = dict(model.named_parameters())
+    frozen = set()
+    for pattern in patterns:
+        found = {n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        if not found:
+            raise UsageError(
+                f"freeze must name parameters such as {next(iter(named))}, or modules of them, got "
+                f"{shown(pattern)}"
+            )
+        frozen |= found
+    if frozen and frozen == set(named):
+        raise UsageError(f"freeze must leave a parameter to train, got {shown(patterns)}")
+    for name in frozen:
+        named[name].requires_grad_(False)
 
 
 class LitModel(L.LightningModule, ABC):
@@ -47,6 +84,8 @@ class LitModel(L.LightningModule, ABC):
             training draws what an uninterrupted one draws, and so do several processes together.
         decay: the learning rate after the warm-up, until the trainer's `max_steps` (or `max_time`,
             if that comes first).
+        freeze: names of parameters or modules that are not trained, see `freeze_parameters`. What
+            else needs no gradient, such as the layers below an adapter, is not trained either.
 
     Raises:
         UsageError: if an argument is out of range, or the model is of another kind.
@@ -65,6 +104,7 @@ class LitModel(L.LightningModule, ABC):
         warmup_steps: int = 100,
         decay: Literal["constant", "cosine"] = "cosine",
         seed: int = 0,
+        freeze: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(model, dict):  # from a checkpoint's hyperparameters
@@ -80,6 +120,7 @@ class LitModel(L.LightningModule, ABC):
             {"model": model.to_config(), "warmup_steps": warmup_steps, "decay": decay},
             logger=False,
         )
+        freeze_parameters(model, freeze)
         self.model = model
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
@@ -152,6 +193,8 @@ class LitModel(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         try:
+            # All, so that states have the same numbers with sharding; without a gradient, a
+            # parameter has no state and no step.
             optimizer = (self.optimizer or AdamW)(self.parameters())
         except (TypeError, ValueError, RuntimeError) as error:  # an argument, or no fused kernel
             raise UsageError(f"optimizer must be one that fits: {reason(error)}") from error
