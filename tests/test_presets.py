@@ -130,7 +130,7 @@ def test_spatial_reasoning(variables, total, overlap, parallel):
 def test_uneven_starts_of_spatial_reasoning_are_refused_and_all_others_taken():
     taken = 0
     for groups in range(1, 7):
-        for total in range(1, 40):
+        for total in range(1, 25):
             for overlap in (0, 0.25, 0.5, 0.8):
                 theirs = sequential(groups, total, overlap)
                 moved = (theirs < 1).argmax(0) - 1
@@ -142,7 +142,7 @@ def test_uneven_starts_of_spatial_reasoning_are_refused_and_all_others_taken():
                     continue
                 with pytest.raises(UsageError, match="max_steps must let|overlap must leave"):
                     srm(**settings)
-    assert taken > 100
+    assert taken > 80
 
 
 def rolling(frames, window, steps):
