@@ -34,7 +34,7 @@ PARTS = [
     if leaf.parts[0] not in ("experiment", "recipe", "hparams_search")
     and leaf.name not in ("prior", "init")
 ]
-PACKAGES = {"data", "training", "evaluation", "integrations"}
+PACKAGES = {"data", "training", "evaluation", "integrations", "presets"}
 NETWORK = {"small", "base", "large", "xl", "dit_s", "dit_b", "dit_l", "dit_xl"}
 TINY = [
     "max_steps=3",

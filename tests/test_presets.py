@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from rolldiff import Heun, Patches, presets
+from rolldiff.cli import config_dir
 from rolldiff.errors import UsageError
 from rolldiff.presets import diffusion_forcing, magi, rolling_diffusion, skyreels, srm
 
@@ -269,3 +272,22 @@ def test_the_table_of_the_page_holds():
         config = getattr(presets, name)(**settings)
         found = config.num_groups, config.overlap, config.steps
         assert found == tuple(float(number) for number in numbers.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("name", "overlap"),
+    [
+        ("diffusion_forcing", 15 / 16),
+        ("magi", 0.75),
+        ("rolling_diffusion", 0.75),
+        ("skyreels", 11 / 16),
+        ("srm", 0.0),
+    ],
+)
+def test_the_command_line_takes_them(name, overlap):
+    settings = [f"decode={name}", "num_groups=4", "steps=16", "solver=heun", "guidance=1.0"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("decode", settings)
+    config = instantiate(cfg.decode, _convert_="all")
+    assert (config.num_groups, config.overlap, config.steps) == (4, overlap, 16)
+    assert (config.solver, config.guidance.scale) == (Heun(), 1)
