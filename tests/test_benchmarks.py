@@ -21,6 +21,7 @@ import engine_cuda  # noqa: E402
 import engine_loops  # noqa: E402
 import engine_results  # noqa: E402
 import engine_rounds  # noqa: E402
+import finetune  # noqa: E402
 import grouping  # noqa: E402
 import height  # noqa: E402
 import likelihood_cost  # noqa: E402
@@ -263,6 +264,43 @@ def test_two_streams_with_one_window_are_one_stream():
     torch.testing.assert_close(*losses)
     two.training_distribution = Training((2, 4), overlap=(0.0,), clean_context=0.0)
     assert two.loss(image).isfinite()
+
+
+def test_the_page_of_fine_tuning_holds_its_table():
+    found = finetune.read(ROOT / "benchmarks/results/finetune.jsonl")
+    assert finetune.table(found) in (ROOT / "benchmarks/finetune.md").read_text(encoding="utf-8")
+    cells = {(each["arm"], each["seed"], each["num_groups"], each["overlap"]) for each in found}
+    assert len(cells) == len(found) == 9 * len({cell[:2] for cell in cells})
+    assert {each["samples"] for each in found} == {1000}, "not the quick one"
+    assert len({json.dumps(each["extractors"]) for each in found}) == 1
+
+
+def test_trainings_of_one_length_see_as_many_images():
+    """What is fine-tuned counts the images of the network that it starts from."""
+    steps = finetune.Sizes().steps
+    for arm in finetune.ARMS:
+        settings = finetune.overrides(arm, Path("runs/one"), seed=0, sizes=finetune.Sizes())
+        (own,) = (int(each[10:]) for each in settings if each.startswith("max_steps="))
+        assert own + steps * arm.tuned == round(arm.images * steps)
+        assert any(each.startswith("init=") for each in settings) is arm.tuned
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about two steps
+def test_the_card_of_fine_tuning_runs(tmp_path, monkeypatch, capsys):
+    arms = ["half-0.2-0.005", "lora-0.2-0.02"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path), "--quick", "--only", *arms])
+    finetune.main()
+    lines = finetune.read(tmp_path / "finetune.jsonl")
+    assert [each["arm"] for each in lines[::9]] == ["one-group", *arms]
+    assert len(lines) == 27
+    assert all(math.isfinite(each["fd_pixels"]) for each in lines)
+    assert finetune.table(lines) in capsys.readouterr().out
+    weights = [Decoder.from_pretrained(tmp_path / "0" / name).state_dict() for name in arms]
+    first = Decoder.from_pretrained(tmp_path / "0/one-group").state_dict()
+    name = "backbone.blocks.0.mlp.up.weight"
+    frozen, adapted = (torch.equal(each[name], first[name]) for each in weights)
+    assert (frozen, adapted) == (True, False)
 
 
 def line(groups, nfe, distance, *, steps=16, noise=0.1):
