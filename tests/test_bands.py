@@ -130,8 +130,8 @@ def test_which_pixels_depend_on_which_tokens(layout):
 @pytest.mark.parametrize(
     "ask",
     [
-        {"num_groups": 1},
-        {"num_groups": 4, "order": "random:0"},
+        pytest.param({"num_groups": 1}, marks=pytest.mark.slow),
+        pytest.param({"num_groups": 4, "order": "random:0"}, marks=pytest.mark.slow),
         {"num_groups": 3, "grouping": "levels"},
         {"num_groups": 2, "grouping": "levels", "overlap": 0.5},
     ],

@@ -30,7 +30,10 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-12)],
+)
 @pytest.mark.parametrize(
     "solver", [Euler(), Heun(), Midpoint(), AdamsBashforth2(), DDIM()], ids=repr
 )

@@ -502,6 +502,7 @@ def test_a_training_on_pictures_through_an_autoencoder(photos, kl_folder, tmp_pa
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_a_training_on_stored_latents_is_resumed(kl_folder, tmp_path, monkeypatch):
     arrays(tmp_path / "data/a")
     arrays(tmp_path / "data/b")

@@ -178,7 +178,7 @@ def all_images(levels, numbers):
 
 
 @pytest.mark.parametrize("dequantization", ["uniform", "truncated_normal"])
-@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("num_groups", [pytest.param(1, marks=SLOW), 2])
 def test_the_probabilities_of_all_images_sum_to_one(num_groups, dequantization):
     decoder, image = masked_decoder(0.2**2 * PAIR), all_images(4, 2)
     # Half a level is one standard deviation of the noise at t = 1/4. A thousandth of the mass lies

@@ -1,5 +1,7 @@
 """Who may see whom: the rule that keeps the distribution, at every overlap."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,14 +80,20 @@ def test_two_tokens_keep_their_correlation(overlap):
     torch.testing.assert_close(made, PAIR, rtol=0, atol=1e-3)
 
 
+QUICK = [(2, "top_to_bottom"), (4, "random:0"), (8, "centre_out")]
+PAIRS = [
+    pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in product((2, 4, 8), ("top_to_bottom", "random:0", "centre_out"))
+]
+
+
 def test_the_stricter_rule_loses_correlation(stricter):
     made = covariance_of(masked_decoder(PAIR), num_groups=2, overlap=1.0, steps=200, solver=Heun())
     assert made[0, 1] < 0.5
 
 
-@pytest.mark.parametrize("order", ["top_to_bottom", "random:0", "centre_out"])
+@pytest.mark.parametrize(("num_groups", "order"), PAIRS)
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("num_groups", [2, 4, 8])
 def test_natural_images_keep_their_distribution(num_groups, overlap, order):
     assert exactly(num_groups, overlap, 100, solver=Heun(), order=order) < 2e-4
 
@@ -128,7 +136,7 @@ def test_finished_groups_are_shown_at_the_context_time(cache):
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_no_later_token_changes_a_finished_group(make, overlap, solver):
     """Noise of tokens that had not started when a group finished leaves it as it is."""
     decoder = make()
