@@ -11,6 +11,7 @@ everything does if HYDRA_FULL_ERROR is set. In a sweep, a job that fails does no
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -38,9 +39,9 @@ from torch import Tensor
 
 import rolldiff
 from rolldiff.conditioning import ClassLabels, Conditioning
-from rolldiff.decoder import Decoder
+from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
-from rolldiff.errors import UsageError, reason, whole_number
+from rolldiff.errors import UsageError, finite_number, reason, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.jobs import Outcome, Sweep
 from rolldiff.objective import FD_PIXELS, objective
@@ -181,6 +182,22 @@ def train(cfg: DictConfig, *, given: Sequence[str] = ()) -> Outcome:
     return Outcome(metric=metric, objective=number, values=summary.values)
 
 
+def _decode_config(cfg: DictConfig) -> DecodeConfig:
+    """The settings of a decoding.
+
+    Raises:
+        UsageError: if a schedule of another system determines the overlap, and the command another.
+    """
+    config: DecodeConfig = instantiate(cfg.decode, _convert_="all")
+    overlap = finite_number(cfg.overlap, "overlap", minimum=0, maximum=1)
+    if overlap and not math.isclose(overlap, config.overlap):
+        raise UsageError(
+            f"overlap must be left to {cfg.decode._target_}, which gives {config.overlap:g}, got "
+            f"{overlap:g}"
+        )
+    return config
+
+
 def decode(cfg: DictConfig) -> None:
     """Decode images, to one picture, an animation, a file per image, or an array for evaluators."""
     from rolldiff.evaluation.images import (
@@ -195,7 +212,7 @@ def decode(cfg: DictConfig) -> None:
     decoder = _load(cfg, "ckpt", Decoder)
     out = _out(cfg, (".png", ".gif", ".npz", ".safetensors", ""))
     pictures = _pictures(cfg, decoder, out)
-    config = instantiate(cfg.decode, _convert_="all")
+    config = _decode_config(cfg)
     num_images = whole_number(cfg.num_images, "num_images", maximum=MAX_IMAGES)
     batch_size = min(whole_number(cfg.batch_size, "batch_size"), num_images)
     labels = _labels(cfg.label, decoder.conditioning, num_images)
@@ -254,7 +271,7 @@ def generate(cfg: DictConfig) -> None:
         prior,
         tokenizer,
         cond=_labels(cfg.label, prior.conditioning, num_images)(0, num_images),
-        config=instantiate(cfg.decode, _convert_="all"),
+        config=_decode_config(cfg),
         num_images=num_images,
         seed=cfg.seed,
         temperature=cfg.temperature,
@@ -279,7 +296,7 @@ def reconstruct(cfg: DictConfig) -> None:
     if cfg.image is None:
         raise UsageError("image must be a picture, got none; say image=FILE")
     out = _out(cfg, (".png", ".gif", ""))
-    config = instantiate(cfg.decode, _convert_="all")
+    config = _decode_config(cfg)
     file = Path(str(cfg.image)).expanduser()
     channels = tokenizer.decoder.layout.image_shape[0]
     pixels = load_image(Record(str(file), file, 0), image_size=None, channels=channels)
@@ -350,7 +367,7 @@ def _served(cfg: DictConfig) -> "Served":
         prior=prior,
         tokenizer=tokenizer,
         prompts={} if cfg.prompts is None else _mapping(cfg, "prompts"),
-        config=instantiate(cfg.decode, _convert_="all"),
+        config=_decode_config(cfg),
     )
 
 

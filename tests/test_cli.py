@@ -186,6 +186,10 @@ def refused(status, stderr, words):
         (["decode", "ckpt=good", "num_images=0"], "num_images"),
         (["decode", "ckpt=good", "order=sideways"], "order must be one of"),
         (
+            ["decode", "ckpt=good", "num_groups=4", "overlap=0.5", "decode=magi"],
+            "overlap must be left to rolldiff.presets.magi, which gives 0.75, got 0.5",
+        ),
+        (
             ["decode", "ckpt=good", "out=a.jpg"],
             ".npz, .safetensors or be a folder",
         ),
