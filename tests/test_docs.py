@@ -2,10 +2,12 @@
 
 import re
 import runpy
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 
+import pytest
 import yaml
 
 import rolldiff
@@ -66,3 +68,16 @@ def test_the_site_leads_to_every_page():
     }
     pages |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.md")}
     assert pages <= paths(site["nav"])
+
+
+@pytest.mark.slow  # the gate installs the extra `docs` after the other tests
+def test_formulas_become_mathml():
+    pytest.importorskip("latex2mathml")
+    write = runpy.run_path(str(DOCS / "mathematics.py"))["on_page_content"]
+    inline = r'<p><span class="arithmatex">\(s &lt; t\)</span> and <code>$HOME</code></p>'
+    made = write(inline)
+    assert made.startswith("<p><math")
+    assert made.endswith("</math> and <code>$HOME</code></p>")
+    assert "<mo><</mo>" in unescape(made)
+    block = '<div class="arithmatex">\\[\nx_t = \\alpha(t)\\,x\n\\]</div>'
+    assert 'display="block"' in write(block)
