@@ -51,6 +51,12 @@ TINY = [
 ]
 
 
+def slow_ones(leaves, *names):
+    """The leaves as parameters, those of these names among the slow tests."""
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(leaf, id=str(leaf), marks=marks[leaf.name in names]) for leaf in leaves]
+
+
 def composed(command, *overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(
@@ -140,7 +146,7 @@ def of_data(cfg, tables):
     return []
 
 
-@pytest.mark.parametrize("leaf", EXPERIMENTS, ids=str)
+@pytest.mark.parametrize("leaf", slow_ones(EXPERIMENTS, "photo_tokenizer", "prior"))
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about three steps
 def test_every_experiment_trains(leaf, tables, tmp_path):
     overrides = [f"experiment={leaf.name}", *TINY, f"run_dir={tmp_path / 'run'}"]
@@ -174,7 +180,7 @@ LEAF = ["layout", "lit", "nn", "noise", "training", "logger", "conditions", "tra
 TRAINED = [leaf for leaf in PARTS if leaf.parts[0] in LEAF]
 
 
-@pytest.mark.parametrize("leaf", TRAINED, ids=str)
+@pytest.mark.parametrize("leaf", slow_ones(TRAINED, "wandb", "dit_l", "dit_xl"))
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about three steps
 def test_every_leaf_trains(leaf, tmp_path, monkeypatch):
     group, name = leaf.parts
