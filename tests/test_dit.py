@@ -445,6 +445,7 @@ def test_bad_files(tmp_path):
         (lambda: load_dit(original(), kind="pixart"), "kind must be one of dit, sit"),
         (lambda: load_dit(original()), "heads must be given for a network of width 16"),
         (lambda: load_dit(original(), heads=3), "multiple of heads"),
+        (lambda: load_dit(network(), heads=0), "heads must be"),
         (lambda: load_dit(original(), heads=2, image_size=16), "pos_embed must be"),
         (lambda: load_dit(network().state_dict(), heads=2), "image_size must be given"),
         (lambda: load_dit(network(activation_fn="geglu")), "activation_fn gelu-approximate"),

@@ -138,7 +138,8 @@ def load_dit(
             image_size = patch * round(places.shape[-2] ** 0.5)
         if image_size is None:
             raise UsageError("image_size must be given for weights of diffusers alone, got None")
-    heads = heads or config.get("num_attention_heads") or HEADS.get(width)
+    if heads is None:
+        heads = config.get("num_attention_heads") or HEADS.get(width)
     if heads is None:
         raise UsageError(f"heads must be given for a network of width {width}, got None")
     layout = Patches(whole_number(image_size, "image_size"), channels=channels, patch=patch)
