@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         print(rolldiff.__version__)
         return
     command, *overrides = argv
-    with _errors_in_one_line(), raised():
+    with _errors_in_one_line(), raised(), _hydra_config_of_its_own():
         if command not in COMMANDS:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
         _quiet_warnings()
@@ -522,6 +522,15 @@ def _refuse_settings_beside_resume(overrides: Sequence[str]) -> None:
             f"resume must come without other settings than {', '.join(allowed[1:])}, because it "
             f"keeps those of the run, got {' '.join(others)}"
         )
+
+
+@contextmanager
+def _hydra_config_of_its_own() -> Iterator[None]:
+    """Hydra leaves its configuration behind, and the next command would pass for a job of it."""
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def _run_by_hydra(command: str, overrides: Sequence[str]) -> None:

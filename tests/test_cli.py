@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -356,6 +357,7 @@ def test_help_and_version(arguments, words, capsys):
     with contextlib.suppress(SystemExit):
         main(arguments)
     assert words in capsys.readouterr().out
+    assert not HydraConfig.initialized(), "the next command in this process is no job of this one"
 
 
 @pytest.mark.slow
