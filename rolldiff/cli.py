@@ -41,7 +41,7 @@ import rolldiff
 from rolldiff.conditioning import ClassLabels, Conditioning
 from rolldiff.decoder import DecodeConfig, Decoder
 from rolldiff.device import compile_in_place, named_device, named_dtype
-from rolldiff.errors import UsageError, finite_number, reason, whole_number
+from rolldiff.errors import UsageError, finite_number, instance, reason, whole_number
 from rolldiff.hub import Pretrained, read_checkpoint
 from rolldiff.jobs import Outcome, Sweep
 from rolldiff.objective import FD_PIXELS, objective
@@ -489,7 +489,10 @@ def _pictures(cfg: DictConfig, decoder: Decoder, out: Path) -> Callable[[Tensor]
             "autoencoder must make pictures of latents (autoencoder=kl autoencoder.path=FOLDER), "
             "got none; out=FILE.safetensors takes the latents themselves"
         )
+    from rolldiff.integrations.autoencoder import WANTED, Autoencoder
+
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+    instance(autoencoder, Autoencoder, "autoencoder", WANTED)
     autoencoder.check_latents(decoder.layout.image_shape)
     return autoencoder.decode
 

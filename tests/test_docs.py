@@ -24,7 +24,7 @@ MODULES = (
     "integrations.autoencoder",
     "integrations.diffusers",
 )
-NO_ENTRY = {"Training", "timesteps", "Kind"}  # another name, a module, a type of text
+NO_ENTRY = {"Training", "timesteps", "Kind", "WANTED"}  # another name, a module, texts
 
 
 def entries():

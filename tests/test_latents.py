@@ -502,6 +502,12 @@ def test_a_training_on_pictures_through_an_autoencoder(photos, kl_folder, tmp_pa
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("wrong", [3, float("inf"), "kl", {"path": "vae"}], ids=str)
+def test_an_autoencoder_must_be_one(wrong, unchecked):
+    with pytest.raises(UsageError, match="autoencoder must be an Autoencoder"):
+        Digits(image_size=8, channels=1, autoencoder=wrong)
+
+
 @pytest.mark.slow
 def test_a_training_on_stored_latents_is_resumed(kl_folder, tmp_path, monkeypatch):
     arrays(tmp_path / "data/a")

@@ -31,8 +31,8 @@ from rolldiff.data.datasets import (
     load_images,
     permutation,
 )
-from rolldiff.errors import UsageError, finite_number, warn_user, whole_number
-from rolldiff.integrations.autoencoder import Autoencoder
+from rolldiff.errors import UsageError, finite_number, instance, warn_user, whole_number
+from rolldiff.integrations.autoencoder import WANTED, Autoencoder
 from rolldiff.pixels import Color
 from rolldiff.progress import progress
 
@@ -89,6 +89,8 @@ class Source(L.LightningDataModule, ABC):
             self.reference_images = number
         if self.on_error not in ("skip", "raise"):
             raise UsageError(f"on_error must be skip or raise, got {self.on_error!r}")
+        if self.autoencoder is not None:
+            instance(self.autoencoder, Autoencoder, "autoencoder", WANTED)
         self._batches_before = 0
 
     @property

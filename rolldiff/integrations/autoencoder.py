@@ -29,9 +29,11 @@ from rolldiff.errors import (
 if TYPE_CHECKING:  # importing it takes seconds, and it is not among the requirements
     from diffusers import AutoencoderKL
 
-__all__ = ["Autoencoder"]
+__all__ = ["WANTED", "Autoencoder"]
 
 Shape = tuple[int, int, int]
+
+WANTED = "an Autoencoder (autoencoder=kl autoencoder.path=FOLDER)"  # what a setting must be
 
 
 class Autoencoder:
