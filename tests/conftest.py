@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from checkouts import COMMANDS, check_out, shell
 from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import config
@@ -34,6 +35,21 @@ def once(tmp_path_factory):
         return shutil.copytree(root / name, tmp_path_factory.mktemp(name) / "copy")
 
     return filled
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A clean copy of what git tracks, and a new environment."""
+    return check_out(tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="session")
+def default_training(checkout):
+    """The run that the README's first command makes in about five minutes, and what it prints."""
+    done = shell(COMMANDS[0], checkout, checkout / "checkout")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (checkout / "checkout/runs").iterdir()
+    return run, done.stdout
 
 
 @pytest.fixture

@@ -1,21 +1,15 @@
 """Every snippet and command of the README runs."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkouts import COMMANDS, PYTHON, shell
 from PIL import Image
 from test_cli import TINY, rolldiff
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BASH for line in block.splitlines()]
 CHAIN = (
     "rolldiff train experiment=tokenizer",
     "rolldiff train experiment=prior",
@@ -122,43 +116,18 @@ def test_photographs_command(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A clean copy of what git tracks, and a new environment."""
-    folder = tmp_path_factory.mktemp("fresh")
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(None, files.stdout.split("\0")):
-        target = folder / "checkout" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    return folder
-
-
-def shell(command, folder, cwd):
-    environment = os.environ | {"PATH": f"{folder / 'venv/bin'}:{os.environ['PATH']}"}
-    environment.pop("OMP_NUM_THREADS", None)
-    return subprocess.run(
-        command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.mark.slow
-def test_the_first_command_as_printed(checkout):
+def test_the_first_command_as_printed(default_training):
     """A fresh copy, a new environment, the whole default training."""
-    done = shell(COMMANDS[0], checkout, checkout / "checkout")
-    assert done.returncode == 0, done.stderr[-2000:]
-    (run,) = (checkout / "checkout/runs").iterdir()
+    run, printed = default_training
     names = {path.name for path in run.iterdir()}
     assert names >= {"last.ckpt", "samples.png", "stream.gif", "summary.json"}
-    found = dict(re.findall(r"^ +(\d+) +([\d.]+)$", done.stdout, re.MULTILINE))
+    found = dict(re.findall(r"^ +(\d+) +([\d.]+)$", printed, re.MULTILINE))
     # Twice what two idle cores reach in the time, and more if this machine was so busy that it saw
     # fewer images: at 120,000 the distances are about 0.95.
     seen = json.loads((run / "summary.json").read_text())["images_seen"]
     slack = max(1, 200_000 / seen) ** 2
-    assert all(float(found[g]) < 0.8 * slack for g in ("1", "2", "4", "8")), done.stdout
+    assert all(float(found[g]) < 0.8 * slack for g in ("1", "2", "4", "8")), printed
     assert float(found["16"]) < 1.2 * slack
 
 
