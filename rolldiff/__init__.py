@@ -46,6 +46,6 @@ __all__ = [
     "timesteps",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 Training = TrainingDistribution

@@ -351,7 +351,7 @@ def test_a_sweep_runs_every_job_in_its_own_folder(tmp_path):
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [([], "usage: rolldiff COMMAND"), (["--version"], "0.1.0\n"), (["decode", "--help"], "ckpt")],
+    [([], "usage: rolldiff COMMAND"), (["--version"], "0.2.0\n"), (["decode", "--help"], "ckpt")],
 )
 def test_help_and_version(arguments, words, capsys):
     with contextlib.suppress(SystemExit):

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 from checkouts import COMMANDS, PYTHON, shell
@@ -132,14 +134,38 @@ def test_the_first_command_as_printed(default_training):
 
 
 @pytest.mark.slow
-def test_the_wheel_contains_the_configuration(checkout):
+def test_the_packages_are_whole(checkout):
+    """Wheel and source: what an index accepts, and what a bare environment needs to decode."""
     source = checkout / "checkout"
-    done = shell("pip install -q build && python -m build --wheel -o ../dist", checkout, source)
-    assert done.returncode == 0, done.stderr[-2000:]
+    build = (
+        "pip install -q build twine && python -m build -o ../dist && twine check --strict ../dist/*"
+    )
+    done = shell(build, checkout, source)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("PASSED") == 2
     (wheel,) = (checkout / "dist").glob("*.whl")
-    listing = shell(f"python -m zipfile -l {wheel}", checkout, checkout).stdout
-    assert "rolldiff/conf/experiment/digits.yaml" in listing
-    install = f"pip install -q -c {source}/constraints.txt '{wheel}[train]'"
-    done = shell(f"{install} && rolldiff train --cfg job", checkout, checkout)
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    assert "rolldiff/conf/experiment/digits.yaml" in zipfile.ZipFile(wheel).namelist()
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {"conf/train.yaml", "tests/conftest.py", "docs/index.md", "constraints.txt"}
+
+    bare = checkout / "bare"
+    subprocess.run([sys.executable, "-m", "venv", bare / "venv"], check=True)
+    constrained = f"-c {source}/constraints.txt"
+    done = shell(f"pip install -q {constrained} {wheel}", bare, bare)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(
+        [bare / "venv/bin/python", "-W", "error", "-c", PYTHON[0]],
+        cwd=bare,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    done = shell("rolldiff train --cfg job", bare, bare)
+    assert done.returncode == 2, "the command needs the extra `train`"
+    assert "rolldiff[train]" in done.stderr
+    command = f"pip install -q {constrained} '{wheel}[train]' && rolldiff train --cfg job"
+    done = shell(command, bare, bare)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "rolldiff.Decoder" in done.stdout

@@ -218,7 +218,7 @@ class _Serving:
         """What a client sends, if it arrives in time."""
         try:
             return await asyncio.wait_for(reading, self.limits.seconds)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise RequestError("the body must arrive sooner", status=408) from error
 
     async def _answer(
