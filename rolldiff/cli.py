@@ -75,6 +75,9 @@ OUT_OF_MEMORY = "out of memory; a smaller batch_size, image or network needs les
 
 PLUGINS = ("joblib", "optuna", "submitit_local", "submitit_slurm")  # Hydra's own, of an extra
 
+# Modules of the extra `train` that `serve`, which has Hydra too, does not have.
+OF_TRAIN = ("datasets", "lightning", "matplotlib", "sklearn", "torchmetrics", "tqdm")
+
 MAX_IMAGES, MAX_PER_PAGE = 10**7, 4096
 
 
@@ -114,7 +117,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _call(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Outcome | None:
     function = COMMANDS[command]
-    return train(cfg, given=_names(overrides)) if function is train else function(cfg)
+    try:
+        return train(cfg, given=_names(overrides)) if function is train else function(cfg)
+    except ModuleNotFoundError as error:
+        if error.name not in OF_TRAIN:
+            raise
+        raise UsageError(
+            f"{command} needs the extra `train`, pip install 'rolldiff[train]', and {error.name} is "
+            "missing"
+        ) from error
 
 
 def _names(overrides: Sequence[str]) -> list[str]:

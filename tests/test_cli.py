@@ -360,6 +360,29 @@ def test_help_and_version(arguments, words, capsys):
     assert not HydraConfig.initialized(), "the next command in this process is no job of this one"
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("hydra", "the command needs pip install 'rolldiff[train]', for hydra is missing"),
+        (
+            "lightning",
+            "train needs the extra `train`, pip install 'rolldiff[train]', and lightning",
+        ),
+    ],
+)
+def test_an_installation_without_the_extra_says_so_in_one_line(missing, words, tmp_path):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from rolldiff.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"rolldiff: {words}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     poison = ["optimizer.lr=1e30", "callbacks.checkpoint.every_n_train_steps=1", "max_steps=20"]
