@@ -123,8 +123,8 @@ def _call(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Outcome | 
         if error.name not in OF_TRAIN:
             raise
         raise UsageError(
-            f"{command} needs the extra `train`, pip install 'rolldiff[train]', and {error.name} is "
-            "missing"
+            f"{command} needs the extra `train`, pip install 'rolldiff[train]', and {error.name} "
+            "is missing"
         ) from error
 
 
