@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from rolldiff import DecodeConfig, Decoder, GroupSchedule
+from rolldiff import DecodeConfig, Decoder, Frame, GroupSchedule
 from rolldiff.cli import config_dir
 from rolldiff.evaluation.images import make_grid, save_gif
 
@@ -26,6 +28,7 @@ PAGE = HERE / "gallery.md"
 FOLDER = HERE / "pictures" / "gallery"
 FRAMES = 24  # of a film
 INK, PAPER, DATA, NOW = (30, 30, 30), (255, 255, 255), (8, 48, 107), (200, 30, 30)
+PREVIEW = (255, 166, 76)
 
 
 class Item(NamedTuple):
@@ -59,8 +62,7 @@ PARTS = {
             "four_groups",
             "Four groups, one after another",
             "num_groups=4 steps=16",
-            "Groupwise Diffusion. Each group takes 16 steps, and then never changes again. What "
-            "stands below a finished row is a preview: the mean of what may still come.",
+            "Groupwise Diffusion. Each group takes 16 steps, and then never changes again.",
         ),
         Item(
             "four_groups_half",
@@ -121,7 +123,7 @@ PARTS = {
             "bottom_to_top",
             "Bottom to top",
             "num_groups=4 steps=16 order=bottom_to_top",
-            "The same checkpoint in the other direction. It was trained for four orders.",
+            "The other direction. One checkpoint was trained for all orders of this part.",
             "ORDERS",
         ),
         Item(
@@ -153,7 +155,8 @@ INTRO = """# Gallery
 
 Every film shows ten digits, one of each class, decoded from the same noise. On the left is the
 scheduling matrix: a row per group, time from left to right, white for noise and blue for data. The
-red line is the current step. The last frame is the result.
+red line is the current step. Grey pixels are final; orange ones are a preview, the network's
+estimate of what is still to come. The last frame is the result.
 
 The two checkpoints were trained in about five minutes each on two CPU cores:
 
@@ -193,12 +196,20 @@ def decode_config(item: Item) -> DecodeConfig:
         return instantiate(compose("decode", item.settings.split()).decode, _convert_="all")
 
 
+def coloured(frame: Frame) -> Tensor:
+    """Digits `[B, 3, H, W]`: grey where they are final, orange where they are a preview."""
+    grey = (frame.image.clamp(-1, 1) + 1) / 2
+    preview = (0.3 + 0.7 * grey) * torch.tensor(PREVIEW).view(3, 1, 1) / 255
+    return torch.where(frame.finished, grey, preview) * 2 - 1
+
+
 def palette() -> Image.Image:
-    """The colours of all films: greys, those of the matrix, and that of the current step."""
+    """The colours of all films: greys, previews, those of the matrix, and the current step."""
     shares = np.linspace(0, 1, 32)[:, None]
     greys = shares * np.full(3, 255)
+    previews = (0.3 + 0.7 * shares) * np.array(PREVIEW)
     blues = shares * np.array(PAPER) + (1 - shares) * np.array(DATA)
-    colours = np.concatenate([greys, blues, [NOW]]).round().astype(np.uint8)
+    colours = np.concatenate([greys, previews, blues, [NOW]]).round().astype(np.uint8)
     picture = Image.new("P", (1, 1))
     picture.putpalette(colours.tobytes())
     return picture
@@ -227,7 +238,7 @@ def frames(decoder: Decoder, item: Item, *, scale: int = 6) -> Iterator[Image.Im
     for frame in decoder.stream(
         range(classes), config, seed=1, frames=min(FRAMES, schedule.num_steps)
     ):
-        digits = make_grid(frame.image, columns=5, scale=scale)
+        digits = make_grid(coloured(frame), columns=5, scale=scale)
         width, height = 2 * digits.height, digits.height
         page = Image.new("RGB", (width + digits.width + 30, height + 44), PAPER)
         page.paste(matrix(schedule, height=height, width=width), (10, 10))
