@@ -971,7 +971,7 @@ def test_the_readme_holds_figures_of_the_page_of_windows():
     folder = Path(__file__).parents[1] / "benchmarks"
     page = (folder / "digits/windows.md").read_text(encoding="utf-8")
     readme = (folder.parent / "README.md").read_text(encoding="utf-8")
-    results = readme.partition("## Results on digits")[2].partition("\n## ")[0]
+    results = readme.partition("## Does grouping help?")[2].partition("\n## ")[0]
     figures = re.findall(r"\d\.\d{3} ± \d\.\d{3}", results)
     assert len(figures) == 15
     assert all(figure in page for figure in figures)
