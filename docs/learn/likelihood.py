@@ -95,11 +95,13 @@ def classify(decoder, image, *, samples, common):
 
 def draw(image, found, columns=8):
     """Histograms of the bits per dimension; the most and the least probable scans."""
-    figure = plt.figure(figsize=(12, 3.6), layout="constrained")
+    figure = plt.figure(figsize=(12, 3.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
     axis = left.subplots()
-    for name in ("as scanned", "wrong label", "upside down", "pixels shuffled"):
-        axis.hist(found[name].numpy(), bins=torch.arange(0, 7, 0.1).numpy(), alpha=0.6, label=name)
+    for name in ("as scanned", "wrong label", "mirrored"):
+        axis.hist(
+            found[name].numpy(), bins=torch.arange(1.5, 5, 0.1).numpy(), alpha=0.6, label=name
+        )
     axis.set(xlabel="bits per dimension (right is less probable)", ylabel="images")
     axis.legend()
     bits, order = found["as scanned"].sort()
