@@ -11,7 +11,7 @@ from rolldiff import GroupSchedule
 
 LEARN = Path(__file__).parents[1] / "docs" / "learn"
 PAGE = (LEARN / "sixty_lines.md").read_text(encoding="utf-8")
-SCRIPT = (LEARN / "sixty_lines.py").read_text(encoding="utf-8")
+LESSONS = sorted(path.stem for path in LEARN.glob("*.py"))
 SETTINGS = [(1, 1.0), (4, 0.0), (4, 0.5), (4, 1.0), (64, 0.0), (64, 0.5), (64, 1.0)]
 
 
@@ -21,11 +21,27 @@ def table(text):
     return [(int(g), float(o), int(n), float(error)) for g, o, n, error in rows]
 
 
-def test_the_page_quotes_the_script():
-    quotes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(quotes) == 2
-    assert all(quote in SCRIPT for quote in quotes)
-    assert sum(map(bool, SCRIPT.splitlines())) <= 60
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_page_quotes_its_script(name):
+    page = (LEARN / f"{name}.md").read_text(encoding="utf-8")
+    script = (LEARN / f"{name}.py").read_text(encoding="utf-8")
+    quotes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert quotes
+    for quote in quotes:
+        assert quote in script, quote
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_page_shows_its_pictures(name):
+    page = (LEARN / f"{name}.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"!\[.*?\]\(pictures/(.*?)\)", page))
+    assert shown
+    assert shown == {path.name for path in (LEARN / "pictures").glob(f"{name}*")}
+
+
+def test_sixty_lines_are_sixty_lines():
+    script = (LEARN / "sixty_lines.py").read_text(encoding="utf-8")
+    assert sum(map(bool, script.splitlines())) <= 60
 
 
 @pytest.mark.slow
