@@ -127,7 +127,7 @@ def test_tests_to_copy_are_here():
 
 
 @pytest.mark.parametrize(
-    "number", [0, pytest.param(1, marks=SLOW), *range(2, len(SCRIPTS))], ids=str
+    "number", [0, pytest.param(1, marks=SLOW), 2, 3, 4, pytest.param(5, marks=SLOW)], ids=str
 )
 def test_scripts_run(number, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
