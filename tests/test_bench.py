@@ -437,6 +437,10 @@ def nothing_is_decoded(monkeypatch):
         ("bench.solver=[leap]", "bench.solver must be among"),
         ("bench.solver=../solver/euler", "bench.solver must be among"),
         ("bench.solver=[]", "bench.solver must hold"),
+        ("+solvers.mine=3", "solvers.mine must have a _target_"),
+        ("+solvers.mine._target_=builtins.str", "solvers.mine must be a Solver"),
+        ("+solvers.heun._target_=rolldiff.Euler", "solvers.heun must have a name of its own"),
+        ("solvers=null", "solvers must be a group"),
         ("bench.samples=1", "bench.samples must be a whole number of 4"),
         ("bench.samples=nan", "bench.samples must be a whole number"),
         ("bench.samples=1e2", "bench.samples must be a whole number"),
@@ -978,6 +982,17 @@ def test_the_readme_holds_figures_of_the_page_of_windows():
 
 
 @pytest.mark.slow
+def test_a_solver_of_ones_own_has_a_name(run, tmp_path):
+    mine = ["+solvers.mine._target_=rolldiff.DDIM", "+solvers.mine.eta=0.5"]
+    short = ["bench.num_groups=[1]", "bench.steps=[2]"]
+    both = ["bench.solver=[mine,euler]"]
+    bench(ask(run, tmp_path, *mine, *short, *both), conf=config_dir())
+    assert [json.loads(line)["solver"] for line in lines(tmp_path)] == ["mine", "euler"]
+    assert "1 group, 2 steps, mine" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="solver must be among .*, got 'mine'"):
+        bench(ask(run, tmp_path, *short), conf=config_dir())
+
+
 def test_a_folder_may_hold_results_of_other_solvers(run, tmp_path):
     for solver in ("heun", "euler"):
         bench(ask(run, tmp_path, f"bench.solver=[{solver}]", "bench.steps=[2]"), conf=config_dir())

@@ -78,7 +78,7 @@ def bench(cfg: DictConfig, *, conf: Path) -> Path:
 
     Args:
         cfg: the configuration of `rolldiff bench`.
-        conf: the folder of YAML files, for the solvers.
+        conf: the folder of YAML files, for the library's own solvers.
 
     Returns:
         The run folder: `results.jsonl`, `report.md` and its pictures.
@@ -339,11 +339,10 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
     training = decoder.training_distribution
     if not isinstance(cfg.progress, bool):
         raise UsageError(f"progress must be true or false, got {cfg.progress!r}")
-    known = sorted(path.stem for path in (conf / "solver").glob("*.yaml"))
-    names = _values(swept, "solver", partial(_one_of, known=known))
+    known = _solvers(cfg, conf)
+    names = _values(swept, "solver", partial(_one_of, known=list(known)))
     # The report decodes samples of earlier lines too, which may have other solvers.
-    leaves = {name: conf / "solver" / f"{name}.yaml" for name in [*names, *known]}
-    solvers = {name: instantiate(OmegaConf.load(leaf)) for name, leaf in leaves.items()}
+    solvers = {name: known[name] for name in [*names, *known]}
     orders = swept.get("order")
     if isinstance(orders, list) and orders and all(isinstance(item, int) for item in orders):
         swept["order"] = [orders]  # one permutation
@@ -405,6 +404,20 @@ def _read_sweep(cfg: DictConfig, decoder: Decoder, conf: Path) -> _Sweep:
         likelihood=_likelihood(cfg, swept.get("likelihood"), decoder=decoder),
         likelihood_images=whole_number(swept.get("likelihood_images"), "bench.likelihood_images"),
     )
+
+
+def _solvers(cfg: DictConfig, conf: Path) -> dict[str, Solver]:
+    """The solvers of the library by the names of their files, and those of the user."""
+    files = {path.stem: path for path in sorted((conf / "solver").glob("*.yaml"))}
+    found = {name: instantiate(OmegaConf.load(path)) for name, path in files.items()}
+    for name, config in _plain(cfg, "solvers").items():
+        if name in files:
+            raise UsageError(f"solvers.{name} must have a name of its own, got one of conf/solver")
+        if not isinstance(config, dict) or "_target_" not in config:
+            raise UsageError(f"solvers.{name} must have a _target_, got {config!r}")
+        made = instantiate(config, _convert_="all")
+        found[name] = instance(made, Solver, f"solvers.{name}", "a Solver such as Euler()")
+    return found
 
 
 def _likelihood(cfg: DictConfig, method: Any, *, decoder: Decoder) -> LikelihoodConfig | None:
