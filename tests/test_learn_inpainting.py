@@ -49,7 +49,7 @@ def test_what_the_page_says(lesson, default_training, tmp_path, capsys):
     assert {row[2] for row in inpainted[2:]} == {"0"}
     # 100 digits: over groups of 100 the seam is within 0.1 of what it is for all.
     assert all(0.85 < float(row[3]) < 1.2 for row in inpainted[2:])
-    apart = r"its second half again: (\S+) apart"
+    apart = r"its lower half again: (\S+) apart"
     # The page's 0 may be rounding elsewhere.
     assert float(re.search(apart, printed)[1]) < 1e-4
     assert re.search(apart, PAGE)[1] == "0"

@@ -53,9 +53,7 @@ def inpaint(decoder, image, label):
     print("|---|---|---|---|---|---|")
     for name, mask in masks_of(image).items():
         for num_groups in (1, 4):
-            decoded = decoder.decode(
-                label, image=image, mask=mask, num_groups=num_groups, steps=16, seed=0
-            )
+            decoded = decoder.decode(label, image=image, mask=mask, num_groups=num_groups, seed=0)
             change, ratio = "–", "–"
             if not mask.all():
                 change = f"{(decoded.image - image)[..., ~mask].abs().max():g}"
@@ -65,9 +63,8 @@ def inpaint(decoder, image, label):
     whole = decoder.decode(label, num_groups=2, seed=0).image
     lower = row_mask(whole, 4, 8)
     again = decoder.decode(label, image=whole, mask=lower, num_groups=1, seed=0).image
-    print(
-        f"\nDecoded in two groups, and its second half again: {(again - whole).abs().max():g} apart"
-    )
+    apart = (again - whole).abs().max()
+    print(f"\nDecoded in two groups, and its lower half again: {apart:g} apart")
 
 
 def relabel(decoder, image, label, *, read):
@@ -83,6 +80,12 @@ def relabel(decoder, image, label, *, read):
             print(f"| {name} | {guidance:g} | {shares[0]:.0%} | {shares[1]:.0%} |", flush=True)
 
 
+def there_and_back(decoder, image, label, **ask):
+    """The noise of images, and what it is decoded to."""
+    noise = invert(decoder, image, label, **ask)
+    return noise, decoder.decode(label, noise=noise, **ask).image
+
+
 def round_trip(decoder, image, label, *, steps):
     """To the noise of the images and back."""
     print("\n| num_groups | steps | PSNR of the way there and back | RMS of the noise |")
@@ -90,8 +93,7 @@ def round_trip(decoder, image, label, *, steps):
     for num_groups in (1, 4, 16):
         for count in steps:
             ask = {"num_groups": num_groups, "steps": count}
-            noise = invert(decoder, image, label, **ask)
-            back = decoder.decode(label, noise=noise, **ask).image
+            noise, back = there_and_back(decoder, image, label, **ask)
             psnr = 20 * log10(2 / rms(back - image))
             print(f"| {num_groups} | {count} | {psnr:.0f} dB | {rms(noise):.2f} |", flush=True)
 
@@ -99,6 +101,13 @@ def round_trip(decoder, image, label, *, steps):
 def mixed(noise, fresh, strength):
     """Noise of the same size between two: along a quarter of a circle."""
     return cos(strength * pi / 2) * noise + sin(strength * pi / 2) * fresh
+
+
+def fresh_group(decoder, image, label, *, fresh):
+    """The image with fresh noise in the third of four groups, and where that is."""
+    ask = {"num_groups": 4, "steps": 16}
+    noise, third = invert(decoder, image, label, **ask), group_mask(decoder, [2], **ask)
+    return decoder.decode(label, noise=torch.where(third, fresh, noise), **ask).image, third
 
 
 def vary(decoder, image, label, *, read):
@@ -137,9 +146,7 @@ def pictures(decoder, image, label):
         varied = decoder.decode(label, noise=mixed(noise, fresh, strength), steps=16).image
         yield f"strength {strength}", varied, None
     yield "strength 0, label + 5", decoder.decode(new, noise=noise, steps=16).image, None
-    ask = {"num_groups": 4, "steps": 16}
-    noise, third = invert(decoder, image, label, **ask), group_mask(decoder, [2], **ask)
-    varied = decoder.decode(label, noise=torch.where(third, fresh, noise), **ask).image
+    varied, third = fresh_group(decoder, image, label, fresh=fresh)
     yield "fresh in group 3 of 4", varied, third
 
 
