@@ -70,8 +70,7 @@ def print_table(*rows):
 
 def distances_of_halves(folder, image_size, *, splits=10):
     """The Fréchet distance between two sets of your photographs, by the size of the sets."""
-    dataset = Folder(path=folder, image_size=image_size, channels=3).build_dataset()
-    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    images = Folder(path=folder, image_size=image_size, channels=3).image
     generator, size, found = torch.Generator().manual_seed(0), len(images) // 2, {}
     while size >= 2:
         orders = [torch.randperm(len(images), generator=generator) for _ in range(splits)]
