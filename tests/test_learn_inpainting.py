@@ -47,7 +47,7 @@ def test_what_the_page_says(lesson, default_training, tmp_path, capsys):
     assert [row[4:] for row in inpainted] == [row[4:] for row in shown[0]]
     assert [row[2] for row in inpainted] == [row[2] for row in shown[0]]
     assert {row[2] for row in inpainted[2:]} == {"0"}
-    # 100 digits: over groups of 100 the seam is within 0.1 of what it is for all.
+    # Over 100 digits the ratio of the seams varies by up to 0.1.
     assert all(0.85 < float(row[3]) < 1.2 for row in inpainted[2:])
     apart = r"its lower half again: (\S+) apart"
     # The page's 0 may be rounding elsewhere.
