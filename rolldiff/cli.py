@@ -605,7 +605,9 @@ def _job(sweep: Sweep, parent: int, cfg: DictConfig) -> float | None:
         cfg.run_dir = str(folder)
     if sweep.command == "train" and list(folder.rglob("*.ckpt")):  # a queue started it again
         cfg.resume = str(folder)
-    job = sweep.begin(context.job.num, list(context.overrides.task), folder)
+    # Without the folders of settings that it was found in, the job's command would not work.
+    found = [o for o in context.overrides.hydra if o.startswith("hydra.searchpath=")]
+    job = sweep.begin(context.job.num, [*found, *context.overrides.task], folder)
     _quiet_warnings()
     try:
         with _errors_in_one_line(), raised():

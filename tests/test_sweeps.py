@@ -348,6 +348,19 @@ def test_a_sweep_prints_and_writes_a_table_of_its_jobs(launcher, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_printed_command_finds_settings_of_another_folder(tmp_path):
+    (tmp_path / "mine/nn").mkdir(parents=True)
+    (tmp_path / "mine/nn/narrow.yaml").write_text("defaults: [tiny]\nwidth: 16\nheads: 1\n")
+    ask = ["max_steps=1,2", "batch_size=8", "nn=narrow", "report.steps=1"]
+    place = ["hydra.searchpath=[mine]", "hydra.sweep.dir=sweep"]
+    done = rolldiff("train", "-m", *place, *ask, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    best = done.stdout.partition("again by:\n  rolldiff ")[2].splitlines()[0]
+    again = rolldiff(*shlex.split(best), "run_dir=again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
 def test_a_search_goes_on_after_trials_that_fail(tmp_path):
     """With `maximize` too, where an infinite value of a failed trial would be the best."""
     ask = [setting for setting in TINY if not setting.startswith("nn.width")]
