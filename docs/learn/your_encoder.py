@@ -152,7 +152,7 @@ def draw(image, decoded, frames, codes, out):
     for axes, (name, images) in zip(above.subplots(4, 10), rows.items(), strict=True):
         axes[0].set_ylabel(name, fontsize=11)
         for axis, one in zip(axes, images, strict=False):
-            axis.imshow(one[0], cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(one[0].numpy(), cmap="gray", vmin=-1, vmax=1)
     grid = below.subplots(2, len(frames))
     grid[0, 0].set_ylabel("codes")
     grid[1, 0].set_ylabel("image")
@@ -160,11 +160,11 @@ def draw(image, decoded, frames, codes, out):
         final = int(frame.finished.all(1).sum())
         colour = torch.cat([codes, -codes.mean(-1, keepdim=True)], dim=-1) / 2 + 0.5
         colour[arrived:] = 1  # white: not here yet
-        top.imshow(colour, extent=(0, 4, 4, 0))
+        top.imshow(colour.numpy(), extent=(0, 4, 4, 0))
         top.grid(color="0.7")
         top.set(xticks=range(5), yticks=range(5), title=f"{arrived} of 4 rows")
         top.tick_params(length=0, labelbottom=False, labelleft=False)
-        bottom.imshow(frame.image[0, 0], cmap="gray", vmin=-1, vmax=1)
+        bottom.imshow(frame.image[0, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
         bottom.axhline(final - 0.5, color="tab:red", linewidth=3)
         bottom.set(xlabel=f"{final} of 8 rows")
     for axis in [*above.axes, *grid[1]]:
