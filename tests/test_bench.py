@@ -971,6 +971,18 @@ def test_the_pages_of_trainings_hold_what_is_printed(name, count, monkeypatch, c
         assert capsys.readouterr().out.replace(", 16 steps", "") in page, heads
 
 
+def test_the_page_of_solvers_holds_what_is_printed(monkeypatch, capsys):
+    folder = Path(__file__).parents[1] / "benchmarks"
+    results = folder / "digits/solvers.jsonl"
+    monkeypatch.setattr(sys, "argv", ["solvers.py", str(results)])
+    runpy.run_path(str(folder / "solvers.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == (1 + 19) + (1 + 15)
+    assert (
+        (folder / "digits/solvers.md").read_text(encoding="utf-8").endswith(printed.rstrip() + "\n")
+    )
+
+
 def test_the_readme_holds_figures_of_the_page_of_windows():
     folder = Path(__file__).parents[1] / "benchmarks"
     page = (folder / "digits/windows.md").read_text(encoding="utf-8")
