@@ -250,7 +250,7 @@ def test_a_missing_extra_is_named(arguments, group, name, tmp_path, monkeypatch,
 def job(tmp_path, monkeypatch):
     """A function that runs one job with another function for its command."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    hydra = {"job": {"num": 0}, "overrides": {"task": ["seed=1"]}}
+    hydra = {"job": {"num": 0}, "overrides": {"task": ["seed=1"], "hydra": []}}
     hydra["runtime"] = {"output_dir": str(tmp_path / "0")}
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(hydra))
     sweep = Sweep(folder=tmp_path, command="train")
