@@ -5,7 +5,8 @@ python benchmarks/peers.py RUN --out FOLDER --only DiT --split test --training-i
 
 The networks of `diffusers` get the data, the parameters, the images seen, the averaging of weights
 and the learning-rate schedule that the run had; each is trained with several peak learning rates.
-Everything is measured with the same features and labels. A training that was stopped goes on.
+Everything is measured with the same features and labels. A training that was stopped goes on. Of a
+run that is not finished the settings count, and its own row is left out: a bench has it.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from rolldiff import Decoder
 from rolldiff.evaluation.features import Extractor, Pixels, train_classifier
 from rolldiff.evaluation.measure import extract_features
 from rolldiff.evaluation.metrics import frechet_distance
+from rolldiff.hub import read_checkpoint
 
 EVERY = 200  # steps between two checkpoints
 
@@ -272,9 +274,10 @@ def main() -> None:
     parser.add_argument("--training-images", type=int, help="see bench.training_images")
     args = parser.parse_args()
 
-    summary = json.loads((args.run / "summary.json").read_text())
     config = OmegaConf.to_container(OmegaConf.load(args.run / "config.yaml"))
-    decoder = Decoder.from_pretrained(args.run).eval()
+    finished = (args.run / "summary.json").is_file()
+    summary = json.loads((args.run / "summary.json").read_text()) if finished else {}
+    decoder = read_checkpoint(args.run if finished else args.run / "last.ckpt", Decoder).eval()
     layout = decoder.layout
     channels, size, _ = layout.image_shape
     task = Task(
@@ -282,8 +285,8 @@ def main() -> None:
         channels=channels,
         patch=layout.patch,
         classes=decoder.conditioning.num_classes,
-        parameters=summary["parameters"],
-        steps=summary["steps"],
+        parameters=count(decoder),
+        steps=summary.get("steps", config["max_steps"]),
         warmup=config["lit"]["warmup_steps"],
         ema=config["callbacks"]["ema"]["decay"],
     )
@@ -296,7 +299,7 @@ def main() -> None:
         cells = list(against.measure(draw, steps=args.steps, seeds=args.seeds))
         table[name] = {"parameters": parameters, "cells": cells}
         card = {
-            "images_seen": summary["images_seen"],
+            "images_seen": task.steps * config["batch_size"],
             "num_tokens": layout.num_tokens,
             "samples": len(against.label),
             "seeds": args.seeds,
@@ -309,7 +312,8 @@ def main() -> None:
     def ours(label: Tensor, steps: int, seed: int) -> Tensor:
         return decoder.decode(label, steps=steps, seed=int(torch.randint(2**31, ()))).image
 
-    measured("rolldiff, num_groups 1", task.parameters, ours)
+    if finished:
+        measured("rolldiff, num_groups 1", task.parameters, ours)
     for number, peer in enumerate(p for p in PEERS if args.only in p.name):
         for rate in args.rates:
             kept = args.out / f"peer-{number}-{rate:g}.ckpt"

@@ -33,9 +33,8 @@ def lesson():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:decoding beyond")
-def test_what_the_page_says(lesson, default_training, tmp_path, capsys):
-    run, _ = default_training
-    lesson["main"](run, out=tmp_path, count=100)
+def test_what_the_page_says(lesson, digits_run, tmp_path, capsys):
+    lesson["main"](digits_run, out=tmp_path, count=100)
     printed = capsys.readouterr().out
     assert (tmp_path / "inpainting.png").stat().st_size
     inpainted, relabelled, inverted, varied = made = tables(printed)
@@ -76,8 +75,8 @@ def test_what_the_page_says(lesson, default_training, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:decoding beyond")
-def test_more_iterations_and_fresh_noise_of_one_group(lesson, default_training):
-    decoder = lesson["Decoder"].from_pretrained(default_training[0])
+def test_more_iterations_and_fresh_noise_of_one_group(lesson, digits_run):
+    decoder = lesson["Decoder"].from_pretrained(digits_run)
     digits = lesson["load_digits"]()
     image = torch.from_numpy(digits.images[:20]).float()[:, None] / 8 - 1
     label = torch.from_numpy(digits.target[:20]).long()

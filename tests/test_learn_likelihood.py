@@ -33,10 +33,9 @@ def correct(text):
 
 
 @pytest.mark.slow
-def test_the_script_finds_what_the_page_says(default_training, tmp_path, capsys):
-    run, _ = default_training
+def test_the_script_finds_what_the_page_says(digits_run, tmp_path, capsys):
     lesson = runpy.run_path(str(LEARN / "likelihood.py"))
-    lesson["main"](run, out=tmp_path, count=60, few=2, samples=16, tested=30)
+    lesson["main"](digits_run, out=tmp_path, count=60, few=2, samples=16, tested=30)
     printed = capsys.readouterr().out
     assert "which were seen in the training" in printed
     alone = float(re.search(rf"each pixel alone: {CELL}", printed)[1])

@@ -32,10 +32,9 @@ def test_the_costs_on_the_page_are_those_of_the_formula():
 
 
 @pytest.mark.slow
-def test_the_script_finds_what_the_page_says(default_training, tmp_path, capsys):
-    run, _ = default_training
+def test_the_script_finds_what_the_page_says(digits_run, tmp_path, capsys):
     lesson = runpy.run_path(str(LEARN / "one_checkpoint.py"))
-    lesson["main"](run, out=tmp_path, count=150, seeds=2, rounds=2)
+    lesson["main"](digits_run, out=tmp_path, count=150, seeds=2, rounds=2)
     printed = capsys.readouterr().out
     made, page = table(printed), table(PAGE)
     assert len(page) == len(lesson["SETTINGS"])
