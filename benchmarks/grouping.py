@@ -192,7 +192,8 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
                 marker="os^Dv"[number],
                 label=model,
             )
-            for cell in these:
+            # A peer has no groups to name; its points stand at their calls.
+            for cell in these if model in (UNIVERSAL, SPECIALIST) else ():
                 label = cell.setting.removesuffix(", 16 steps").removesuffix(", overlap 0")
                 at = getattr(cell, cost), cell.mean(metric)
                 # The names of the first model above its points, those of the others below.
