@@ -155,6 +155,19 @@ def test_a_mask_is_decoded_again_and_nothing_else(page):
     assert (after[masked] != before[masked]).any()
 
 
+def test_decoding_again_begins_at_once(page):
+    """While the mask is made, a second click starts nothing and the old image is no result."""
+    page.generate()
+    page.paint(0.5)
+    disabled = page.driver.execute_script(
+        "document.getElementById('redraw').click();"
+        "return ['redraw', 'save-png'].map((id) => document.getElementById(id).disabled);"
+    )
+    assert disabled == [True, True]
+    page.finished()
+    assert not page["error"].text
+
+
 def test_the_keyboard_is_enough(page):
     page["generate"].send_keys(Keys.ENTER)
     page.finished()

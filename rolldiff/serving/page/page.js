@@ -432,7 +432,10 @@ const masking = {
 };
 
 async function redraw() {
+  // The mask takes a moment to make, in which nothing else may begin and the old image is no result.
+  for (const id of ["redraw", "save-png", "save-gif"]) $(id).disabled = true;
   const mask = await masking.file();
+  enable();
   if (!mask) {
     fail("Paint the part that is decoded again first.");
     return;
