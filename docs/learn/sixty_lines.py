@@ -53,8 +53,10 @@ def main(out=Path(__file__).parent / "pictures", side=16, steps=16, columns=6):
     for row, (groups, overlap) in zip(axes, settings, strict=True):
         schedule = GroupSchedule(num_tokens=size, num_groups=groups, overlap=overlap, steps=steps)
         # Every step is linear, so the images of unit vectors give the covariance of all images.
-        states = list(decode(torch.cat([one, torch.eye(size).double()]), covariance, schedule))
-        images = states[-1][0][1:]
+        shown, start = [], torch.cat([one, torch.eye(size).double()])
+        for _, x in decode(start, covariance, schedule):
+            shown.append(x[0].clone())  # one image; all states of all images take 10 GB
+        images = x[1:]
         error = (images.T @ images - covariance).norm() / covariance.norm()
         print(f"| {groups} | {overlap} | {schedule.num_steps} | {error:.2%} |", flush=True)
         row[0].imshow(
@@ -62,7 +64,7 @@ def main(out=Path(__file__).parent / "pictures", side=16, steps=16, columns=6):
         )
         row[0].set_ylabel(f"groups {groups}\noverlap {overlap}")
         for i, axis in enumerate(row[1:]):
-            x = states[i * (len(states) - 1) // (columns - 1)][1][0]
+            x = shown[i * (len(shown) - 1) // (columns - 1)]
             axis.imshow(x.view(side, side).numpy(), cmap="gray", vmin=-2.5, vmax=2.5)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
