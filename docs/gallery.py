@@ -21,14 +21,13 @@ from torch import Tensor
 
 from rolldiff import DecodeConfig, Decoder, Frame, GroupSchedule
 from rolldiff.cli import config_dir
-from rolldiff.evaluation.images import make_grid, save_gif
+from rolldiff.evaluation.images import INK, PAPER, make_grid, save_gif
 
 HERE = Path(__file__).parent
 PAGE = HERE / "gallery.md"
 FOLDER = HERE / "pictures" / "gallery"
 FRAMES = 24  # of a film
-INK, PAPER, DATA, NOW = (30, 30, 30), (255, 255, 255), (8, 48, 107), (200, 30, 30)
-PREVIEW = (255, 166, 76)
+DATA, NOW, PREVIEW = (8, 48, 107), (200, 30, 30), (255, 166, 76)
 
 
 class Item(NamedTuple):
@@ -225,13 +224,8 @@ def matrix(schedule: GroupSchedule, *, height: int, width: int) -> Image.Image:
 
 def frames(decoder: Decoder, item: Item, *, scale: int = 6) -> Iterator[Image.Image]:
     """The matrix and the current step, and beside them two rows of five digits."""
-    config, num_tokens = decode_config(item), decoder.layout.num_tokens
-    schedule = GroupSchedule(
-        num_tokens=num_tokens,
-        num_groups=config.num_groups,
-        overlap=config.overlap,
-        steps=config.steps,
-    )
+    config = decode_config(item)
+    schedule = config.schedule(decoder.layout)
     colours = palette()
     font = ImageFont.load_default(13)
     classes = decoder.conditioning.num_classes

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_cli import TINY, rolldiff
 
-from rolldiff import GroupSchedule
+from rolldiff import GroupSchedule, Patches
 
 DOCS = Path(__file__).parents[1] / "docs"
 GALLERY = runpy.run_path(str(DOCS / "gallery.py"))
@@ -31,13 +31,7 @@ def test_the_films_are_those_of_the_page():
     films = {path.stem: path for path in (DOCS / "pictures/gallery").iterdir()}
     assert set(films) == {item.name for item in ITEMS}
     for item in ITEMS:
-        config = GALLERY["decode_config"](item)
-        schedule = GroupSchedule(
-            num_tokens=16,
-            num_groups=config.num_groups,
-            overlap=config.overlap,
-            steps=config.steps,
-        )
+        schedule = GALLERY["decode_config"](item).schedule(Patches(8, channels=1, patch=2))
         with Image.open(films[item.name]) as film:
             assert film.n_frames == min(24, schedule.num_steps), item.name
             film.seek(film.n_frames - 1)

@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_tables import heads, tables
 
 LEARN = Path(__file__).parents[1] / "docs" / "learn"
 PAGE = (LEARN / "inpainting.md").read_text(encoding="utf-8")
-
-
-def heads(text):
-    return re.findall(r"^(\|.*)\n\|---", text, re.MULTILINE)
-
-
-def tables(text):
-    """The rows of each table, without its head."""
-    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    return [[line.strip("| ").split(" | ") for line in b.splitlines()[2:]] for b in blocks]
 
 
 def number(cell):

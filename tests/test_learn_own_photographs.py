@@ -8,20 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from markdown_tables import heads, tables
 
 LEARN = Path(__file__).parents[1] / "docs" / "learn"
 PAGE = (LEARN / "own_photographs.md").read_text(encoding="utf-8")
 TINY = ("nn.width=16", "nn.depth=1", "nn.heads=1", "callbacks.samples=null")
-
-
-def heads(text):
-    return re.findall(r"^(\|.*)\n\|---", text, re.MULTILINE)
-
-
-def tables(text):
-    """The rows of each table, without its head."""
-    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    return [[line.strip("| ").split(" | ") for line in b.splitlines()[2:]] for b in blocks]
 
 
 def commands(text):
