@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import openai
@@ -676,12 +677,15 @@ def test_the_command_ends_what_it_has_begun(tmp_path, signum):
         assert status == 200
         assert json.loads(text)["data"][0]["rolldiff"]["defaults"]["num_groups"] == 4
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-            start = time.monotonic()
+            seconds = []
             for _ in range(20):
+                start = time.monotonic()
                 connection.request("GET", "/healthz")
                 connection.getresponse().read()
-            assert time.monotonic() - start < 0.5  # answers are not held back for 40 ms each
-        body = {"prompt": "ant", "num_groups": 4, "steps": 800, "stream": True, "partial_images": 1}
+                seconds.append(time.monotonic() - start)
+            # Answers are not held back for 40 ms each; the median, for the machine may be busy.
+            assert median(seconds) < 0.03
+        body = {"prompt": "ant", "num_groups": 4, "steps": 200, "stream": True, "partial_images": 1}
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(post, port, body)
             until(lambda: metric(port, "running") == 1)
