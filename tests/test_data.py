@@ -940,7 +940,21 @@ def test_references_of_a_stream_are_random(table):
         return Hub(path=path, **PIXELS, **ask).label.tolist()
 
     assert 4 < sum(labels(0)) < 16  # the first 20 are all 0
-    assert labels(0) == labels(0) != labels(1)
+    assert labels(0) == labels(1)  # or two trainings could not be compared
+
+
+def test_references_are_the_same_for_every_seed(folder):
+    """Otherwise each of two trainings is measured on images of its own."""
+
+    def data(seed):
+        return Folder(path=str(folder), **PIXELS, reference_images=5, seed=seed, batch_size=12)
+
+    def order(seed):
+        return next(iter(data(seed).train_dataloader()))[0]
+
+    assert not torch.equal(order(0), order(1))
+    assert torch.equal(data(0).image, data(1).image)
+    assert not torch.equal(data(0).image, data(0)._dataset[torch.arange(5)][0])  # at random
 
 
 # Few images.

@@ -56,7 +56,8 @@ class Source(L.LightningDataModule, ABC):
         seed: of the split and of the order; any whole number of 0 or more.
         held_out: fraction of the images that is never trained on, in [0, 1).
         reference_images: number of training images that samples are compared to, 2 or more, chosen
-            at random; None takes all, or 2,000 if all of them as floats exceed 4 GiB.
+            at random and alike for every seed; None takes all, or 2,000 if all of them as floats
+            exceed 4 GiB.
         on_error: whether an unreadable image is skipped with a warning or raises.
         workers: processes that decode images, if the dataset is too large to be held decoded.
     """
@@ -304,10 +305,13 @@ class Source(L.LightningDataModule, ABC):
         return self._dataset[self._some(train, number)]
 
     def _some(self, index: Int[Tensor, " N"], number: int) -> Int[Tensor, " M"]:
-        """At most `number` of the indices, chosen at random."""
+        """At most `number` of the indices: random, and the same ones for every seed.
+
+        Trainings with other seeds could not be compared if each were measured on images of its own.
+        """
         if number >= len(index):
             return index
-        return index[permutation(len(index), self.seed)[:number]]
+        return index[permutation(len(index), 0)[:number]]
 
 
 @dataclass(kw_only=True, eq=False)

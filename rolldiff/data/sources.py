@@ -201,7 +201,7 @@ class Hub(Images):
         """The dataset; only the reference images when streaming."""
         if not self.streaming:
             return self.from_records(_TableRecords(self))
-        pairs = readable(self._shuffled(0), self.load, on_error=self.on_error)
+        pairs = readable(self._shuffled(0, seed=0), self.load, on_error=self.on_error)
         return InMemoryImages(*stacked(islice(pairs, self.reference_images)))
 
     def train_dataloader(self) -> Any:
@@ -220,10 +220,11 @@ class Hub(Images):
         )
         return DataLoader(stream, batch_size=None)
 
-    def _shuffled(self, epoch: int) -> Iterator[Record]:
-        """The records of an epoch of a stream."""
+    def _shuffled(self, epoch: int, *, seed: int | None = None) -> Iterator[Record]:
+        """The records of an epoch of a stream; without a seed, in the order of the training."""
+        seed = self.seed if seed is None else seed
         # A sum would give seed 0, epoch 1 and seed 1, epoch 0 the same order.
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,) if epoch else ())
+        sequence = np.random.SeedSequence(seed, spawn_key=(epoch,) if epoch else ())
         generator = np.random.default_rng(sequence)
         rows = self._read(self._table.shuffle(generator=generator, buffer_size=10_000))
         for i, row in enumerate(rows):
