@@ -5,6 +5,7 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from rolldiff import Decoder, Training
 from rolldiff.errors import UsageError
 from rolldiff.evaluation.report import DecoderReport, PriorReport, TokenizerReport, _chosen
 
@@ -103,6 +104,33 @@ def test_the_next_command_can_be_pasted(make, tmp_path, name):
         "num_images": 64,
         "out": "images.png",
     }
+
+
+@pytest.mark.parametrize(
+    ("training", "drawn", "printed"),
+    [
+        (Training(num_groups=(4,), overlap=(0.25, "0.5..0.75")), 0.25, "overlap=0.5 "),
+        (Training(num_groups=(4,), overlap=(0.0, "0.1..0.2")), 0.0, "overlap=0.2 "),
+        (Training(num_groups=(4,), overlap=(0.8,), orders=("random:1",)), 0.8, "overlap=0.8 "),
+    ],
+)
+def test_a_report_asks_for_what_was_trained(training, drawn, printed, tmp_path, monkeypatch):
+    """Its decodings would warn, and tests turn warnings into errors."""
+    decoder = Decoder.build(image_size=8, channels=1, patch=2, training=training, width=16, depth=1)
+    seen = []
+
+    def decode(self, cond=None, config=None, **rest):
+        seen.append((config.overlap, config.order))
+        return real(self, cond, config, **rest)
+
+    real = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", decode)
+    image, label = torch.rand(4, 1, 8, 8) * 2 - 1, torch.zeros(4, dtype=torch.long)
+    report = DecoderReport(num_groups=[4], steps=1)
+    line = report(decoder, image, label=label, folder=tmp_path, seed=0).try_next
+    assert set(seen) == {(drawn, training.orders[0])}
+    assert printed in line
+    assert ("random:1" in line) == (training.orders[0] == "random:1")
 
 
 def test_pictures_show_random_images_of_all_classes():

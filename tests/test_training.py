@@ -120,6 +120,18 @@ def test_samples_are_drawn_with_the_averaged_weights(decoder, tmp_path):
     assert (tmp_path / "step-000003.png").stat().st_size
 
 
+def test_samples_are_drawn_as_was_trained(tmp_path):
+    """A setting that was not trained would warn, and tests turn warnings into errors."""
+    training = Training((4,), orders=("bottom_to_top",), overlap=(0.5,))
+    sizes = {"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 1}
+    decoder = Decoder.build(**sizes, training=training)
+    grid = SampleGrid(str(tmp_path), num_groups=(4,), steps=1, count=2)
+    sanity = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": None, "val_check_interval": 1}
+    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[grid], **sanity)
+    trainer.fit(LitDecoder(decoder), Digits(batch_size=8, max_steps=1))
+    assert (tmp_path / "step-000001.png").stat().st_size
+
+
 def test_what_does_not_change_is_its_own_average():
     """Lightning's average, `decay * mean + (1 - decay) * value`, rounds 11 to 10 at this decay."""
     torch.manual_seed(0)

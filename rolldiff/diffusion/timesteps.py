@@ -233,6 +233,11 @@ class TrainingDistribution:
         """Whether an overlap is one of those drawn."""
         return any(low <= overlap <= high for low, high in map(_range, self.overlap))
 
+    def nearest_overlap(self, overlap: float) -> float:
+        """The overlap nearest to one, among those that are drawn."""
+        near = (min(max(overlap, low), high) for low, high in map(_range, self.overlap))
+        return min(near, key=lambda drawn: abs(drawn - overlap))
+
     def tables(
         self, coords: Float[Tensor, "N 3"]
     ) -> tuple[Int[Tensor, "orders N"], Int[Tensor, "counts N"]]:

@@ -8,7 +8,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -454,6 +454,13 @@ def _batches(count: int, group: Processes) -> Iterator[slice]:
     return (slice(starts[n], min(starts[n] + size, count)) for n in group.shard(len(starts)))
 
 
+def as_trained(config: DecodeConfig, decoder: Decoder) -> DecodeConfig:
+    """The settings with the order and the overlap that are nearest among the trained ones."""
+    trained = decoder.training_distribution
+    order = config.order if config.order in trained.orders else trained.orders[0]
+    return replace(config, order=order, overlap=trained.nearest_overlap(config.overlap))
+
+
 def _decode_all(
     decoder: Decoder,
     cond: Tensor | None,
@@ -477,7 +484,7 @@ def _decode_all(
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCountReport(TrainingReport):
-    """A report that compares several group counts at overlap 0."""
+    """A report that compares several group counts at overlap 0, or the nearest that was trained."""
 
     num_groups: Sequence[int]
 
@@ -526,6 +533,7 @@ class DecoderReport(GroupCountReport):
             self.pictures(model, image, label=cond, folder=folder, seed=seed)
         distances: dict[str, float | None] = {}
         for config in _measured(self.configs(), group):
+            config = as_trained(config, model)
             fake = _decode_all(model, cond, config, count=len(image), seed=seed, group=group)
             if fake is not None:
                 distances[str(config.num_groups)] = _distance(image, fake)
@@ -536,11 +544,14 @@ class DecoderReport(GroupCountReport):
         lines += [f"{groups:>10}  {_cell(value)}" for groups, value in distances.items()]
         lines += [f"{'(floor)':>10}  {_cell(floor)}  two halves of the data"]
         grouped = {g: value or 0.0 for g, value in distances.items() if g != "1"} or {"1": 0.0}
+        best = int(min(grouped, key=grouped.__getitem__))
+        config = as_trained(self.config(best, overlap=0.5), model)
         settings = {
             "ckpt": folder,
-            "num_groups": int(min(grouped, key=grouped.__getitem__)),
+            "num_groups": best,
             **({} if self.grouping == "equal" else {"grouping": self.grouping}),
-            "overlap": 0.5,
+            **({} if config.order == "top_to_bottom" else {"order": config.order}),
+            "overlap": config.overlap,
             "steps": 16,
             "num_images": 64,
             "out": "latents.safetensors" if model.latents else "images.png",
@@ -578,11 +589,12 @@ class DecoderReport(GroupCountReport):
             title = f"{title}, first of {image.shape[1]} channels"
         rows = {title: pictures(image[chosen])}
         for config in self.configs():
+            config = as_trained(config, decoder)
             output = decoder.decode(cond, config, num_images=count, seed=seed)
             rows[f"num_groups {config.num_groups}"] = pictures(output.image)
         save_picture(labelled_rows(rows), folder / "samples.png")
         groups = min(self.num_groups, key=lambda g: abs(g - 8))  # enough to see them move
-        config = self.config(groups, 0.5 if groups > 1 else 1.0)
+        config = as_trained(self.config(groups, 0.5 if groups > 1 else 1.0), decoder)
         frames = decoder.stream(cond, config, num_images=count, seed=seed)
         grids = (make_grid(pictures(frame.image), columns=10) for frame in frames)
         save_gif(grids, folder / "stream.gif")
@@ -628,6 +640,7 @@ class TokenizerReport(GroupCountReport):
         ratios: dict[str, float] = {}
         distances: dict[str, float | None] = {}
         for config in _measured(self.configs(), group):
+            config = as_trained(config, model.decoder)
             fake = _decode_all(
                 model.decoder, latents, config, count=len(image), seed=seed, group=group
             )

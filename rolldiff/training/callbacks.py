@@ -20,9 +20,11 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from rolldiff.decoder import Decoder
+from rolldiff.decoder import DecodeConfig, Decoder
+from rolldiff.diffusion.schedule import check_grouping
 from rolldiff.errors import UsageError, finite_number, whole_number
 from rolldiff.evaluation.images import as_pictures, labelled_rows, save_picture
+from rolldiff.evaluation.report import as_trained
 from rolldiff.processes import Processes
 from rolldiff.progress import ProgressLog
 from rolldiff.signals import Interrupted, handled
@@ -79,17 +81,12 @@ class SampleGrid(Callback):
         assert isinstance(decoder, Decoder)
         classes = decoder.conditioning.num_classes
         cond = torch.arange(self.count) % classes if classes else None
-        grouping = decoder.training_distribution.grouping[0]
+        grouping = check_grouping(decoder.training_distribution.grouping[0])
         page = {}
         for groups in self.num_groups:
-            image = decoder.decode(
-                cond,
-                num_images=self.count,
-                num_groups=groups,
-                grouping=grouping,
-                steps=self.steps,
-                seed=0,
-            ).image
+            config = DecodeConfig(num_groups=groups, grouping=grouping, steps=self.steps)
+            config = as_trained(config, decoder)
+            image = decoder.decode(cond, config, num_images=self.count, seed=0).image
             if decoder.latents:
                 data = trainer.datamodule  # type: ignore[attr-defined]
                 autoencoder = getattr(data, "autoencoder", None)
