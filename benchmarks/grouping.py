@@ -6,7 +6,8 @@ The folder holds the `results.jsonl` of each training as NAME-sSEED.jsonl, or NA
 if there are several; `universal` is the checkpoint for all settings, every other name a network
 trained for one setting. `peers.json`, of peers.py, and `times.jsonl`, a bench on an idle machine,
 whose seconds count, may lie beside them. A spread (±) is that of trainings with different seeds;
-with an asterisk there is one training, and it is that of the noise.
+with an asterisk there is one training, and it is that of the noise. What was measured by another
+classifier than that of the first results cannot be compared and is left out.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class Cell:
 
     Attributes:
         model: `UNIVERSAL`, `SPECIALIST` or the name of a peer.
+        num_groups: of the decoding; None for a peer, which has no groups.
         setting: in a few words.
         nfe: network calls.
         tokens: token evaluations per image.
@@ -48,12 +50,20 @@ class Cell:
     """
 
     model: str
+    num_groups: int | None
     setting: str
     nfe: int
     tokens: int
     seconds: float | None
     values: Mapping[str, Sequence[float]]
     noise: Mapping[str, float | None]
+
+    @property
+    def kind(self) -> str:
+        """The model, and whether it decodes in one group or in several."""
+        if self.num_groups is None:
+            return self.model
+        return f"{self.model}, {'one group' if self.num_groups == 1 else 'several groups'}"
 
     def mean(self, metric: str) -> float:
         return fmean(self.values[metric])
@@ -72,6 +82,14 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def comparable(row: Mapping, first: Mapping, *, metric: str) -> bool:
+    """Whether the metric was measured by the same features, from the same images, in two rows."""
+    features = re.sub(r"^(fd|kd|precision|recall)_|_train$", "", metric)
+    if row["extractors"].get(features) != first["extractors"].get(features):
+        return False
+    return row["training"] == first["training"] or not metric.endswith("_train")
+
+
 def benches(folder: Path) -> Iterator[Cell]:
     """The cells of all benches in a folder."""
     times = {}
@@ -84,17 +102,23 @@ def benches(folder: Path) -> Iterator[Cell]:
         model = UNIVERSAL if name == "universal" else SPECIALIST
         for row in rows(path):
             found.setdefault((model, config_label(row)), []).append(row)
+    ruler = next(iter(found.values()))[0]
     for (model, label), same in found.items():
         first = same[0]
-        metrics = [name for name in METRICS if name in first["metrics"]]
+        measured: dict[str, list[dict]] = {}
+        for metric in METRICS:
+            for row in same:
+                if metric in row["metrics"] and comparable(row, ruler, metric=metric):
+                    measured.setdefault(metric, []).append(row["metrics"][metric])
         yield Cell(
             model=model,
+            num_groups=first["num_groups"],
             setting=label,
             nfe=first["nfe"],
             tokens=first["tokens"],
             seconds=times[label] / unit if unit and label in times else None,
-            values={m: [row["metrics"][m]["mean"] for row in same] for m in metrics},
-            noise={m: first["metrics"][m]["std"] for m in metrics},
+            values={name: [each["mean"] for each in all_] for name, all_ in measured.items()},
+            noise={name: all_[0]["std"] for name, all_ in measured.items()},
         )
 
 
@@ -114,6 +138,7 @@ def peers(path: Path) -> Iterator[Cell]:
             metrics = [name for name in METRICS if name in cell]
             yield Cell(
                 model=model,
+                num_groups=None,
                 setting=f"{cell['nfe']} steps",
                 nfe=cell["nfe"],
                 tokens=cell["nfe"] * card["num_tokens"],
@@ -132,28 +157,34 @@ def read(folder: Path) -> tuple[list[Cell], dict[str, float]]:
 
 
 def best_table(cells: Sequence[Cell], floor: float) -> str:
-    """The best setting of each model within each budget, by the first metric."""
+    """The best setting of each model within each budget, by the first metric.
+
+    A column for one group and a column for several; a budget of calls or tokens is that of one
+    group with 16 steps, or four times as much.
+    """
     metric = next(iter(METRICS))
-    models = list(dict.fromkeys(cell.model for cell in cells))
-    joint = [cell for cell in cells if cell.setting == "1 group, 16 steps"]
-    calls, tokens = joint[0].nfe, joint[0].tokens
-    budgets: dict[str, Callable[[Cell], bool]] = {
-        "at any cost": lambda cell: True,
-        f"at most {calls} calls": lambda cell: cell.nfe <= calls,
-        f"at most {4 * calls} calls": lambda cell: cell.nfe <= 4 * calls,
-        f"at most {1.1 * tokens:.0f} tokens": lambda cell: cell.tokens <= 1.1 * tokens,
-    }
-    if joint[0].seconds is not None:
+    columns: dict[str, list[Cell]] = {}
+    for model in dict.fromkeys(cell.model for cell in cells):
+        these = [cell for cell in cells if cell.model == model]
+        for cell in sorted(these, key=lambda cell: cell.num_groups != 1):
+            columns.setdefault(cell.kind, []).append(cell)
+    joint = next(cell for cell in cells if cell.setting == "1 group, 16 steps")
+    budgets: dict[str, Callable[[Cell], bool]] = {"at any cost": lambda cell: True}
+    for times in (1, 4):  # bound now: the loop goes on before a budget is asked
+        calls, tokens = times * joint.nfe, 1.1 * times * joint.tokens
+        budgets[f"at most {calls} calls"] = lambda cell, most=calls: cell.nfe <= most
+        budgets[f"at most {tokens:,.0f} tokens"] = lambda cell, most=tokens: cell.tokens <= most
+    if joint.seconds is not None:
         budgets["at most 1.1 of the time"] = lambda cell: (
             cell.seconds is not None and cell.seconds <= 1.1
         )
-    lines = ["| best | " + " | ".join(models) + " |", "|---" * (1 + len(models)) + "|"]
+    lines = ["| best | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, within in budgets.items():
         texts = []
-        for model in models:
-            inside = [cell for cell in cells if cell.model == model and within(cell)]
-            cell = min(inside, key=lambda c: c.mean(metric), default=None)
-            texts.append(f"{cell.text(metric, floor)}: {cell.setting}" if cell else "–")
+        for column in columns.values():
+            inside = [cell for cell in column if within(cell) and metric in cell.values]
+            best = min(inside, key=lambda cell: cell.mean(metric), default=None)
+            texts.append(f"{best.text(metric, floor)}: {best.setting}" if best else "–")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -180,33 +211,37 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     metric = next(iter(METRICS))
-    sketch, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    sketch, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True, layout="constrained")
     for axis, cost, name in zip(
         axes, ("nfe", "tokens"), ("network calls", "token evaluations per image"), strict=True
     ):
-        for number, model in enumerate(dict.fromkeys(cell.model for cell in cells)):
-            these = [cell for cell in cells if cell.model == model]
+        models = list(dict.fromkeys(cell.model for cell in cells))
+        for kind in dict.fromkeys(cell.kind for cell in cells if metric in cell.values):
+            these = [cell for cell in cells if cell.kind == kind and metric in cell.values]
+            number = models.index(these[0].model)
             axis.scatter(
                 [getattr(cell, cost) for cell in these],
                 [cell.mean(metric) for cell in these],
                 marker="os^Dv"[number],
-                label=model,
+                edgecolors=f"C{number}",
+                facecolors="none" if these[0].num_groups == 1 else f"C{number}",
+                label=kind,
             )
-            # A peer has no groups to name; its points stand at their calls.
-            for cell in these if model in (UNIVERSAL, SPECIALIST) else ():
-                label = cell.setting.removesuffix(", 16 steps").removesuffix(", overlap 0")
+            # To the right of a point of the first model, and to the left of one of another.
+            by, anchor = ((5, -2), "left") if number == 0 else ((-5, -2), "right")
+            for cell in these if these[0].num_groups is not None else ():
+                label = re.sub(r", \d+ steps|, overlap 0(?!\.)", "", cell.setting)
                 at = getattr(cell, cost), cell.mean(metric)
-                # The names of the first model above its points, those of the others below.
-                by = (-3, 6 if number == 0 else -12)
-                axis.annotate(label, at, by, textcoords="offset points", fontsize=7)
-        axis.margins(x=0.45, y=0.2)
-        axis.set(xlabel=name, xscale="log" if cost == "nfe" else "linear", yscale="log")
-        for side in (axis.yaxis, axis.xaxis) if cost == "nfe" else (axis.yaxis,):
-            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.annotate(label, at, by, textcoords="offset points", ha=anchor, fontsize=7)
+        axis.margins(x=0.45, y=0.05)
+        axis.set(xlabel=name, xscale="log", yscale="log")
+        for side in (axis.yaxis, axis.xaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(f"Fréchet distance, classifier\n(two halves of the test split: {floor:.2g})")
-    axes[0].legend(fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    sketch.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
     sketch.savefig(path, dpi=120)
     plt.close(sketch)
 

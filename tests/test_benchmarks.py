@@ -314,6 +314,8 @@ def line(groups, nfe, distance, *, steps=16, noise=0.1):
         "seconds": float(nfe),
         "metrics": {"fd_classifier": metric},
         "floors": {"fd_classifier": 0.5},
+        "extractors": {"classifier": "first"},
+        "training": "these",
     }
 
 
@@ -341,23 +343,48 @@ def test_the_answer_on_grouping_is_a_table(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grouping.py", str(results), "--figure", str(figure)])
     grouping.main()
     best, full = capsys.readouterr().out.strip().split("\n\n")
-    assert best.splitlines()[0] == "| best | one checkpoint for all | a network for each | a DiT |"
-    cells = {row.split(" | ")[0]: row.rstrip(" |").split(" | ")[1:] for row in best.splitlines()}
-    four, one = (
+    head, _, *budgets = (row.strip("| ").split(" | ") for row in best.splitlines())
+    assert head == [
+        "best",
+        "one checkpoint for all, one group",
+        "one checkpoint for all, several groups",
+        "a network for each, several groups",
+        "a DiT",
+    ]
+    short, long = "4 ± 1.4 (8.0): 1 group, 16 steps", "2.8 (5.6): 1 group, 64 steps"
+    four, alone = (
         "2.25 ± 0.35 (4.5): 4 groups, overlap 0, 16 steps",
-        "4 ± 1.4 (8.0): 1 group, 16 steps",
+        "1.5 ± 0.1* (3.0): 4 groups, overlap 0, 16 steps",
     )
-    alone, dit = "1.5 ± 0.1* (3.0): 4 groups, overlap 0, 16 steps", "6 ± 0.2* (12.0): 16 steps"
-    assert cells["| at any cost"] == [four, alone, dit]
-    assert cells["| at most 16 calls"] == [one, "–", dit]
-    assert cells["| at most 64 calls"] == [four, alone, dit]
-    assert cells["| at most 283 tokens"] == [four, alone, dit]
-    assert cells["| at most 1.1 of the time"] == [one, "–", "–"]
+    dit = "6 ± 0.2* (12.0): 16 steps"
+    assert {name: cells for name, *cells in budgets} == {
+        "at any cost": [long, four, alone, dit],
+        "at most 16 calls": [short, "–", "–", dit],
+        "at most 64 calls": [long, four, alone, dit],
+        "at most 283 tokens": [short, four, alone, dit],
+        "at most 1,131 tokens": [long, four, alone, dit],
+        "at most 1.1 of the time": [short, "–", "–", "–"],
+    }
     rows = full.splitlines()[2:]
     assert len(rows) == 5
     assert rows[1].split(" | ")[1:6] == ["1 group, 64 steps", "64", "1,025", "–", "2.8 (5.6) |"]
     assert rows[2].split(" | ")[4] == "1.50"
     assert figure.stat().st_size > 10_000
+
+
+def test_what_another_classifier_measured_is_left_out(results):
+    other = line(4, 64, 90.0) | {"extractors": {"classifier": "second"}}
+    other["metrics"] |= {"fd_classifier_train": other["metrics"]["fd_classifier"]}
+    other["metrics"] |= {"seams": {"mean": 1.5, "std": 0.5}}
+    images = line(1, 16, 4.0) | {"training": "those"}
+    images["metrics"] |= {"fd_classifier_train": {"mean": 90.0, "std": 0.1}}
+    for name, row in {"universal-s2": other, "universal-s3": images}.items():
+        (results / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    cells = {(cell.model, cell.setting): cell for cell in grouping.read(results)[0]}
+    one = cells[grouping.UNIVERSAL, "1 group, 16 steps"].values
+    four = cells[grouping.UNIVERSAL, "4 groups, overlap 0, 16 steps"].values
+    assert one == {"fd_classifier": [3.0, 5.0, 4.0]}
+    assert four == {"fd_classifier": [2.0, 2.5], "seams": [1.5]}
 
 
 def test_the_card_of_fashion_mnist_holds_its_tables():

@@ -45,13 +45,17 @@ case $scale in
       bench wide "$run" "${wide[@]}" bench.num_groups=[2,4,14,28,49] bench.steps=[16]
       bench overlap "$run" "${wide[@]}" bench.num_groups=[7] bench.overlap=[0.5,0.75] bench.steps=[16]
       bench half "$run" "${wide[@]}" bench.num_groups=[4,49] bench.overlap=[0.5] bench.steps=[16]
-      bench more "$run" "${wide[@]}" bench.num_groups=[1] bench.steps=[32,64]
+      bench more "$run" "${wide[@]}" bench.num_groups=[1] bench.steps=[32,64,128]
+      bench long "$run" "${wide[@]}" bench.num_groups=[7] bench.overlap=[0,0.75] bench.steps=[64]
       specialist one "$seed" 1 0
       run=$small/one-s$seed
       bench more "$run" "${same[@]}" run_dir="$run/wide" bench.seeds=[0] bench.steps=[32,64]
       specialist seven "$seed" 7 0
     done
     specialist seven_half 0 7 0.5
+    run=$small/seven_half-s0
+    bench long "$run" "${same[@]}" run_dir="$run/wide" bench.seeds=[0] bench.num_groups=[7] \
+      bench.overlap=[0.5] bench.steps=[64]
     specialist forty_nine 0 49 0
     ;;
   tiny)
