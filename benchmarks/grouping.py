@@ -229,14 +229,15 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
             )
             # To the right of a point of the first model, and to the left of one of another.
             by, anchor = ((5, -2), "left") if number == 0 else ((-5, -2), "right")
+            by = (by[0], by[1] - 5 * (these[0].num_groups == 1))
             for cell in these if these[0].num_groups is not None else ():
                 label = re.sub(r", \d+ steps|, overlap 0(?!\.)", "", cell.setting)
                 at = getattr(cell, cost), cell.mean(metric)
                 axis.annotate(label, at, by, textcoords="offset points", ha=anchor, fontsize=7)
         axis.margins(x=0.45, y=0.05)
         axis.set(xlabel=name, xscale="log", yscale="log")
-        for side in (axis.yaxis, axis.xaxis):
-            side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        for side, subs in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, (1, 2, 3, 5))):
+            side.set_major_locator(LogLocator(subs=subs))
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(f"Fréchet distance, classifier\n(two halves of the test split: {floor:.2g})")
