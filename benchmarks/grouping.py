@@ -228,8 +228,9 @@ def figure(cells: Sequence[Cell], path: Path, floor: float) -> None:
                 label=kind,
             )
             # To the right of a point of the first model, and to the left of one of another.
-            by, anchor = ((5, -2), "left") if number == 0 else ((-5, -2), "right")
-            by = (by[0], by[1] - 5 * (these[0].num_groups == 1))
+            # One group stands a little apart from several: above or below.
+            away = 5 if these[0].num_groups == 1 else 0
+            by, anchor = ((5, away - 2), "left") if number == 0 else ((-5, -away - 2), "right")
             for cell in these if these[0].num_groups is not None else ():
                 label = re.sub(r", \d+ steps|, overlap 0(?!\.)", "", cell.setting)
                 at = getattr(cell, cost), cell.mean(metric)
