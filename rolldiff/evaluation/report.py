@@ -495,6 +495,10 @@ class GroupCountReport(TrainingReport):
     def configs(self) -> list[DecodeConfig]:
         return [self.config(g) for g in self.num_groups]
 
+    def trained_configs(self, decoder: Decoder) -> list[DecodeConfig]:
+        """The settings, at an overlap and in an order that the decoder was trained for."""
+        return [as_trained(config, decoder) for config in self.configs()]
+
     def number_names(self) -> Sequence[str]:
         return [*(f"fd_pixels.{g}" for g in self.num_groups), *ALWAYS]
 
@@ -532,8 +536,7 @@ class DecoderReport(GroupCountReport):
         if group.is_main:
             self.pictures(model, image, label=cond, folder=folder, seed=seed)
         distances: dict[str, float | None] = {}
-        for config in _measured(self.configs(), group):
-            config = as_trained(config, model)
+        for config in _measured(self.trained_configs(model), group):
             fake = _decode_all(model, cond, config, count=len(image), seed=seed, group=group)
             if fake is not None:
                 distances[str(config.num_groups)] = _distance(image, fake)
@@ -588,8 +591,7 @@ class DecoderReport(GroupCountReport):
         if decoder.latents and self.decode_latents is None:
             title = f"{title}, first of {image.shape[1]} channels"
         rows = {title: pictures(image[chosen])}
-        for config in self.configs():
-            config = as_trained(config, decoder)
+        for config in self.trained_configs(decoder):
             output = decoder.decode(cond, config, num_images=count, seed=seed)
             rows[f"num_groups {config.num_groups}"] = pictures(output.image)
         save_picture(labelled_rows(rows), folder / "samples.png")
@@ -639,8 +641,7 @@ class TokenizerReport(GroupCountReport):
         rows = {"data": image[chosen]}
         ratios: dict[str, float] = {}
         distances: dict[str, float | None] = {}
-        for config in _measured(self.configs(), group):
-            config = as_trained(config, model.decoder)
+        for config in _measured(self.trained_configs(model.decoder), group):
             fake = _decode_all(
                 model.decoder, latents, config, count=len(image), seed=seed, group=group
             )
